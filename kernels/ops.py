@@ -1,0 +1,177 @@
+"""The operators that rewritten graphs call.
+
+``flashfuse::attention(q, k, v, captures, ints, maps, seed, program, dropout_p, variant) -> (out, lse)``
+is one differentiable operator; its program is a readable string, so a graph that holds it can be
+printed, cached, exported and compiled without any registry.  ``flashfuse::block_map`` says once for
+all layers that share a mask which blocks are empty, partial or full.
+
+Importing this module defines the operators and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashfuse.kernels import dispatch
+from flashfuse.kernels.spec import ScoreProgram
+
+BLOCK = 128
+"""Edge of the blocks of a block map, in rows and in columns."""
+
+_LIBRARY = torch.library.Library("flashfuse", "DEF")
+
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] ints, Tensor[] maps, Tensor? seed, "
+    "str program, float dropout_p, str variant) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captures, "
+    "SymInt[] ints, Tensor[] maps, Tensor? seed, str program, float dropout_p, str variant, int[] capture_grads)"
+    " -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "block_map(Tensor[] captures, SymInt[] ints, Tensor like, SymInt B, SymInt H, SymInt Sq, SymInt Skv, "
+    "str mask) -> (Tensor kv_map, Tensor q_map)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    maps: Sequence[Tensor],
+    seed: Tensor | None,
+    program: str,
+    dropout_p: float,
+    variant: str,
+) -> tuple[Tensor, Tensor]:
+    run = dispatch.implementation(variant).forward
+    return run(q, k, v, captures, ints, maps, seed, ScoreProgram.parse(program), dropout_p)
+
+
+def _attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    maps: Sequence[Tensor],
+    seed: Tensor | None,
+    program: str,
+    dropout_p: float,
+    variant: str,
+    capture_grads: Sequence[int],
+) -> list[Tensor]:
+    run = dispatch.implementation(variant).backward
+    return run(
+        do, q, k, v, out, lse, captures, ints, maps, seed, ScoreProgram.parse(program), dropout_p, capture_grads
+    )
+
+
+def _block_map(
+    captures: Sequence[Tensor], ints: Sequence[int], like: Tensor, B: int, H: int, Sq: int, Skv: int, mask: str
+) -> tuple[Tensor, Tensor]:
+    from flashfuse.kernels.block_map import build
+
+    return build(captures, ints, like.device, (B, H, Sq, Skv), ScoreProgram.parse(mask))
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("attention", _attention, _key)
+    _LIBRARY.impl("attention_backward", _attention_backward, _key)
+    _LIBRARY.impl("block_map", _block_map, _key)
+
+
+# --- shapes ------------------------------------------------------------------------------------
+
+
+def empty_bhsd(like: Tensor, sizes: Sequence[Any]) -> Tensor:
+    """An uninitialised [B, H, S, D] tensor laid out as [B, S, H, D]: what models reshape next."""
+    b, h, s, d = sizes
+    return like.new_empty((b, s, h, d)).transpose(1, 2)
+
+
+@torch.library.register_fake("flashfuse::attention")
+def _(q, k, v, captures, ints, maps, seed, program, dropout_p, variant):  # type: ignore[no-untyped-def]
+    ScoreProgram.parse(program)
+    batch, heads, q_len, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = empty_bhsd(q, (batch, heads, q_len, v.shape[-1]))
+    return out, q.new_empty((batch, heads, q_len), dtype=lse_dtype)
+
+
+@torch.library.register_fake("flashfuse::attention_backward")
+def _(do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, capture_grads):  # type: ignore[no-untyped-def]
+    return [*(empty_bhsd(t, t.shape) for t in (q, k, v)), *(captures[i].new_empty(captures[i].shape) for i in capture_grads)]
+
+
+@torch.library.register_fake("flashfuse::block_map")
+def _(captures, ints, like, B, H, Sq, Skv, mask):  # type: ignore[no-untyped-def]
+    used = ScoreProgram.parse(mask).mask_variables
+    lead = (B if "b" in used else 1, H if "h" in used else 1)
+    rows, columns = (Sq + BLOCK - 1) // BLOCK, (Skv + BLOCK - 1) // BLOCK
+    return (
+        like.new_empty((*lead, rows, 2 + columns), dtype=torch.int32),
+        like.new_empty((*lead, columns, 2 + rows), dtype=torch.int32),
+    )
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, captures, ints, maps, seed, program, dropout_p, variant = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, seed, *captures, *maps)
+    ctx.num_captures = len(captures)
+    ctx.ints, ctx.program, ctx.dropout_p, ctx.variant = ints, program, dropout_p, variant
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    if dlse is not None:
+        raise RuntimeError("flashfuse::attention: lse is not differentiable; use out")
+    q, k, v, out, lse, seed, *rest = ctx.saved_tensors
+    captures, maps = rest[: ctx.num_captures], rest[ctx.num_captures :]
+    needs = ctx.needs_input_grad[3]
+    wanted = [i for i in range(len(captures)) if (needs[i] if isinstance(needs, (list, tuple)) else needs)]
+    if do is None:
+        return (None,) * 10
+    dq, dk, dv, *dcaptures = torch.ops.flashfuse.attention_backward(
+        do, q, k, v, out, lse, captures, ctx.ints, maps, seed, ctx.program, ctx.dropout_p, ctx.variant, wanted
+    )
+    grads: list[Tensor | None] = [None] * len(captures)
+    for i, grad in zip(wanted, dcaptures, strict=True):
+        grads[i] = grad
+    return dq, dk, dv, grads, None, [None] * len(maps), None, None, None, None
+
+
+torch.library.register_autograd("flashfuse::attention", _backward, setup_context=_setup_context)
+
+
+def _autocast(device_type: str) -> Any:
+    """Under autocast the original's two matmuls run in the autocast dtype; so do ours."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.amp.autocast(device_type, enabled=False):
+            cast = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
+            return torch.ops.flashfuse.attention(*cast, *rest)
+
+    return run
+
+
+_LIBRARY.impl("attention", _autocast("cuda"), "AutocastCUDA")
+_LIBRARY.impl("attention", _autocast("cpu"), "AutocastCPU")

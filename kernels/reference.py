@@ -1,0 +1,153 @@
+"""The oracle: attention by its definition in plain PyTorch, every score materialised.
+
+Nothing optimised imports the functions that compute attention here; tests and the checker compare
+against them.  ``evaluate`` also builds the masks of the CPU variant, tile by tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flashfuse.kernels.expr import COMPARISONS, Expr
+from flashfuse.kernels.spec import ScoreProgram
+
+Value = Tensor | int | float | bool
+
+_FUNCTIONS = {
+    "exp": torch.exp,
+    "log": torch.log,
+    "tanh": torch.tanh,
+    "sqrt": torch.sqrt,
+    "abs": torch.abs,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
+    """The value of ``e`` where ``env`` gives every variable and capture, with broadcasting.
+
+    Index variables are integer tensors that broadcast against each other; captures are whole
+    tensors.  Loads outside a capture are an error of the program, not of the caller.
+    """
+    memo: dict[Expr, Value] = {}
+
+    def visit(node: Expr) -> Value:
+        if node not in memo:
+            memo[node] = compute(node)
+        return memo[node]
+
+    def compute(node: Expr) -> Value:
+        op = node.op
+        if op == "const":
+            return node.value
+        if op == "var":
+            return env[node.args[0]]
+        if op == "load":
+            source = env[node.args[0]]
+            assert isinstance(source, Tensor)
+            indices = [torch.as_tensor(visit(i), device=source.device) for i in node.operands]
+            return source[tuple(indices)]
+        values = [visit(a) for a in node.operands]
+        if op == "+":
+            total = values[0]
+            for value in values[1:]:
+                total = total + value
+            return total
+        if op in ("*", "/", "//", "%"):
+            a, b = values
+            return {
+                "*": lambda: a * b,
+                "/": lambda: a / b,
+                "//": lambda: a // b,
+                "%": lambda: a % b,
+            }[op]()
+        if op in COMPARISONS:
+            return COMPARISONS[op](values[0], values[1])
+        device = next((v.device for v in values if isinstance(v, Tensor)), None)
+        tensors = [torch.as_tensor(v, device=device) for v in values]
+        if op in ("min", "max"):
+            return (torch.minimum if op == "min" else torch.maximum)(tensors[0], tensors[1])
+        if op == "where":
+            return torch.where(_truth(tensors[0]), tensors[1], tensors[2])
+        if op == "not":
+            return ~_truth(tensors[0])
+        if op in ("and", "or"):
+            result = _truth(tensors[0])
+            for t in tensors[1:]:
+                result = result & _truth(t) if op == "and" else result | _truth(t)
+            return result
+        return _FUNCTIONS[op](tensors[0] if tensors[0].is_floating_point() else tensors[0].double())
+
+    return visit(e)
+
+
+def _truth(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.bool else t != 0
+
+
+def environment(
+    program: ScoreProgram,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    sizes: tuple[int, int, int, int],
+    device: torch.device | str,
+) -> dict[str, Value]:
+    """Variables and captures of ``program`` for :func:`evaluate`; ``sizes`` is (B, H, Sq, Skv).
+
+    The index variables have shapes [B,1,1,1], [1,H,1,1], [1,1,Sq,1] and [1,1,1,Skv].
+    """
+    env: dict[str, Value] = {"Sq": sizes[2], "Skv": sizes[3]}
+    for axis, (name, size) in enumerate(zip(("b", "h", "q", "kv"), sizes, strict=True)):
+        shape = [1, 1, 1, 1]
+        shape[axis] = size
+        env[name] = torch.arange(size, device=device).view(shape)
+    env.update(zip(program.captures, captures, strict=True))
+    env.update(zip(program.ints, ints, strict=True))
+    return env
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    program: ScoreProgram,
+    dropout_p: float = 0.0,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``program`` by definition, in the dtype of ``q`` (float64 for an exact reference).
+
+    Args:
+        q: [B, H, Sq, D]; k: [B, H_kv, Skv, D]; v: [B, H_kv, Skv, Dv], with H a multiple of H_kv.
+        captures, ints: in the order of ``program.captures`` and ``program.ints``.
+        keep: [B, H, Sq, Skv], True where dropout keeps a weight; required when ``dropout_p`` > 0.
+
+    Returns:
+        out [B, H, Sq, Dv], and lse [B, H, Sq] (natural log; −inf in dead rows).
+    """
+    batch, heads, q_len, _ = q.shape
+    group = heads // k.shape[1]
+    kv_len = k.shape[2]
+    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2)
+    captures = [c.to(q.dtype) if c.is_floating_point() else c for c in captures]
+    env = environment(program, captures, ints, (batch, heads, q_len, kv_len), q.device)
+    env["s"] = scores
+    scores = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype, device=q.device).expand(scores.shape)
+    if program.mask is not None:
+        allowed = _truth(torch.as_tensor(evaluate(program.mask, env), device=q.device)).expand(scores.shape)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    lse = scores.logsumexp(-1)
+    dead = (lse == float("-inf"))[..., None]
+    weights = (scores - lse.masked_fill(dead[..., 0], 0)[..., None]).exp()
+    if program.dead_rows == "mean":
+        weights = torch.where(dead, 1 / kv_len, weights)
+    elif program.dead_rows == "nan":
+        weights = torch.where(dead, float("nan"), weights)
+    if dropout_p:
+        assert keep is not None
+        weights = torch.where(keep, weights / (1 - dropout_p), 0)
+    return weights @ v.repeat_interleave(group, 1), lse

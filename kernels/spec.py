@@ -1,0 +1,149 @@
+"""What a fused attention site computes: the contract between the passes and the kernels."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from flashfuse.kernels.expr import (
+    INDEX_VARS,
+    LENGTHS,
+    Expr,
+    S,
+    contains,
+    parse,
+    truth,
+    variables,
+    walk,
+)
+
+DeadRows = Literal["none", "mean", "nan", "zero"]
+
+_RESERVED = {"s", *INDEX_VARS, *LENGTHS}
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something was not done: a stable ``code``, a sentence, the user's line, and what to do."""
+
+    code: str
+    message: str
+    where: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}" + (f" ({self.where})" if self.where else "")
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one site; integers, or symbolic sizes under dynamic shapes."""
+
+    batch: Any
+    num_q_heads: Any
+    num_kv_heads: Any
+    q_len: Any
+    kv_len: Any
+    head_dim: Any
+    v_head_dim: Any
+    dtype: torch.dtype
+
+    @property
+    def gqa_group(self) -> Any:
+        """Query heads that share one key/value head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        kv = f"H_kv{self.num_kv_heads} " if str(self.num_kv_heads) != str(self.num_q_heads) else ""
+        dv = f" Dv{self.v_head_dim}" if str(self.v_head_dim) != str(self.head_dim) else ""
+        return (
+            f"B{self.batch} H{self.num_q_heads} {kv}Sq{self.q_len} Skv{self.kv_len} D{self.head_dim}{dv} {dtype}"
+        )
+
+
+@dataclass(frozen=True)
+class ScoreProgram:
+    """The scalar program of one site.
+
+    .. math::
+        S = \\text{score}(q_i \\cdot k_j, b, h, i, j), \\qquad
+        P_{ij} = \\text{softmax}_j(S_{ij}) \\text{ over the } j \\text{ with mask}(b, h, i, j)
+
+    Text form: ``score [where mask [else dead_rows]]``, for example
+    ``s*0.125 + bias[h, kv - q] where kv <= q and pad[b, kv] else mean``.
+
+    Attributes:
+        score: the score; real-valued.  Never −inf: what is masked is said by ``mask``.
+        mask: true = attend; ``None`` = every key.
+        dead_rows: the output of a row with no key allowed: ``mean`` of v over *all* keys (what an
+            additive finite minimum does), ``nan`` (−inf), ``zero`` (SDPA), or ``none`` when the
+            program proves that every row has a key.
+    """
+
+    score: Expr
+    mask: Expr | None = None
+    dead_rows: DeadRows = "none"
+
+    @functools.cached_property
+    def captures(self) -> tuple[str, ...]:
+        """Names of the captured tensors, in the order of their first appearance in the text."""
+        return self._names("load")
+
+    @functools.cached_property
+    def ints(self) -> tuple[str, ...]:
+        """Names of the captured integers, in the order of their first appearance in the text."""
+        return self._names("var")
+
+    def _names(self, kind: str) -> tuple[str, ...]:
+        nodes = [n for e in (self.score, self.mask) if e is not None for n in walk(e)]
+        found = {n.args[0] for n in nodes if n.op == kind} - _RESERVED
+        text = self.text
+        return tuple(sorted(found, key=lambda name: re.search(rf"\b{name}\b", text).start()))  # type: ignore[union-attr]
+
+    @functools.cached_property
+    def text(self) -> str:
+        if self.mask is None:
+            return str(self.score)
+        tail = "" if self.dead_rows == "none" else f" else {self.dead_rows}"
+        return f"{self.score} where {self.mask}{tail}"
+
+    def __str__(self) -> str:
+        return self.text
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def parse(text: str) -> ScoreProgram:
+        """The program that ``text`` spells.
+
+        Raises:
+            ValueError: not a program; the message says which part was not understood.
+        """
+        head, where, tail = text.partition(" where ")
+        score = parse(head)
+        if not where:
+            return ScoreProgram(score)
+        condition, has_else, dead = tail.partition(" else ")
+        dead = dead.strip() if has_else else "none"
+        if dead not in get_args(DeadRows):
+            raise ValueError(f"expected dead rows of {', '.join(get_args(DeadRows))}, got {dead!r} in {text!r}")
+        mask = truth(parse(condition))
+        if contains(mask, S):
+            raise ValueError(f"expected a mask over indices and captures, got one over the score: {condition!r}")
+        return ScoreProgram(score, mask, dead)  # type: ignore[arg-type]
+
+    @property
+    def mask_program(self) -> ScoreProgram:
+        """The mask alone: what a block map is built from."""
+        from flashfuse.kernels.expr import ZERO
+
+        return ScoreProgram(ZERO, self.mask)
+
+    @functools.cached_property
+    def mask_variables(self) -> frozenset[str]:
+        """The variables that the mask depends on."""
+        return frozenset(variables(self.mask)) if self.mask is not None else frozenset()
