@@ -1,0 +1,375 @@
+"""What FlashFuse did to a graph: values that print, and turn into JSON.
+
+Field names of :class:`Report` and :class:`SiteReport` are public.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from flashfuse.kernels.spec import AttentionShape, Reason
+
+WIDTH = 110
+"""Columns of ``str(report)``."""
+
+MAX_LISTED = 8
+"""Rows of a list of failures before the rest is only counted."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work and memory traffic of one site, one forward pass.
+
+    ``hbm_bytes_before`` counts every intermediate of the original as written and read once;
+    ``density`` is the fraction of the score matrix that the mask leaves, ``None`` if unknown.
+    """
+
+    flops: Any
+    hbm_bytes_before: Any
+    hbm_bytes_after: Any
+    density: float | None = None
+
+
+@dataclass(frozen=True)
+class CheckItem:
+    """One compared tensor: errors are against the float64 reference, ``ok`` is ours ≤ limit."""
+
+    name: str
+    error_ours: float
+    error_original: float
+    limit: float
+    ok: bool
+    note: str = ""
+
+    @property
+    def share(self) -> float:
+        """Our error as a fraction of the limit; infinite where something other than size failed."""
+        if self.ok:
+            return self.error_ours / self.limit if self.limit > 0 and math.isfinite(self.error_ours) else 0.0
+        return self.error_ours / self.limit if 0 < self.limit < self.error_ours else math.inf
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """The original site against its replacement."""
+
+    ok: bool
+    items: tuple[CheckItem, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """The original model against the rewritten one."""
+
+    ok: bool
+    items: tuple[CheckItem, ...] = ()
+    peak_bytes: int | None = None
+
+    def __str__(self) -> str:
+        return plain_text(Group(*_render_check("model", self.items, self.ok)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        fields: dict[str, Any] = _plain(self)
+        return fields
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention site: what it is, and what became of it.
+
+    Attributes:
+        program: the score, e.g. ``s*0.125 where kv <= q``; empty if it was not understood.
+        mask: the condition of the program alone, ``""`` if every key is attended.
+        dead_rows: what a row without any key gives: ``none``, ``mean``, ``nan`` or ``zero``.
+        source: the user's line.
+        variant: the kernels that run it; empty for a site left alone.
+        notes: assumptions that the rewrite rests on.
+    """
+
+    name: str
+    status: Literal["fused", "left"]
+    reasons: tuple[Reason, ...] = ()
+    program: str = ""
+    mask: str = ""
+    dead_rows: str = "none"
+    shape: AttentionShape | None = None
+    dropout_p: float = 0.0
+    gqa_group: Any = 1
+    source: str = ""
+    cost: Cost | None = None
+    variant: str = ""
+    notes: tuple[str, ...] = ()
+    check: SiteCheck | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every attention site of one graph."""
+
+    sites: tuple[SiteReport, ...] = ()
+    graph_name: str = ""
+    num_nodes_before: int = 0
+    num_nodes_after: int = 0
+    warnings: tuple[str, ...] = ()
+    pass_ms: float = 0.0
+    check: ModelCheck | None = None
+
+    @property
+    def num_sites(self) -> int:
+        return len(self.sites)
+
+    @property
+    def num_fused(self) -> int:
+        return sum(site.status == "fused" for site in self.sites)
+
+    @property
+    def ok(self) -> bool:
+        """No check that ran failed."""
+        checks = [self.check, *(site.check for site in self.sites)]
+        return all(check.ok for check in checks if check is not None)
+
+    @property
+    def hbm_bytes(self) -> tuple[int, int] | None:
+        """(before, after) of all fused sites, forward; ``None`` if a size is symbolic or unknown."""
+        costs = [site.cost for site in self.sites if site.status == "fused"]
+        pairs = [(c.hbm_bytes_before, c.hbm_bytes_after) for c in costs if c is not None]
+        if not pairs or len(pairs) < len(costs) or not all(type(n) is int for pair in pairs for n in pair):
+            return None
+        return sum(before for before, _ in pairs), sum(after for _, after in pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers; symbolic sizes and non-finite numbers as strings."""
+        hbm = self.hbm_bytes
+        counts: dict[str, Any] = {
+            "num_sites": self.num_sites,
+            "num_fused": self.num_fused,
+            "ok": self.ok,
+            "hbm_bytes_before": hbm[0] if hbm else None,
+            "hbm_bytes_after": hbm[1] if hbm else None,
+        }
+        fields: dict[str, Any] = _plain(self)
+        return counts | fields
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """``to_dict`` as strict JSON."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        return plain_text(self)
+
+    def __rich__(self) -> RenderableType:
+        return Group(*_render(self))
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)
+
+
+def format_bytes(count: Any) -> str:
+    """``12.3 MB``; decimal units, as memory bandwidth is quoted."""
+    if type(count) not in (int, float):
+        return str(count)
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def plain_text(what: RenderableType) -> str:
+    """``what`` as text without colours, at a fixed width, without trailing blanks."""
+    console = Console(file=io.StringIO(), width=WIDTH, no_color=True, force_terminal=False, highlight=False)
+    console.print(what)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# --- pages -------------------------------------------------------------------------------------
+
+
+def _render(report: Report) -> Iterable[RenderableType]:
+    yield _headline(report)
+    for warning in report.warnings:
+        yield Text.assemble(("warning: ", "bold yellow"), warning)
+    groups = _fold(report.sites)
+    fused = [group for group in groups if group[0].status == "fused"]
+    left = [group for group in groups if group[0].status == "left"]
+    if fused:
+        yield Text()
+        yield _fused_table(fused)
+    if left:
+        yield Text()
+        yield Text("Left as it was", style="bold")
+        for group in left:
+            yield from _render_left(group)
+    hbm = report.hbm_bytes
+    if hbm is not None:
+        ratio = f" ({hbm[0] / hbm[1]:.1f}× less)" if 0 < hbm[1] < hbm[0] else ""
+        yield Text()
+        yield Text(
+            f"Memory traffic of the fused sites, forward: {format_bytes(hbm[0])} before, "
+            f"{format_bytes(hbm[1])} after{ratio}"
+        )
+    yield from _render_checks(report)
+
+
+def _headline(report: Report) -> Text:
+    name = f"{report.graph_name}: " if report.graph_name else ""
+    if not report.sites:
+        return Text(f"{name}no attention found, {_count(report.num_nodes_before, 'graph node')} unchanged")
+    nodes = f"{report.num_nodes_before} → {report.num_nodes_after} graph nodes"
+    return Text.assemble(
+        f"{name}{_count(report.num_sites, 'attention site')}, ",
+        (f"{report.num_fused} fused", "bold green" if report.num_fused else "bold yellow"),
+        f", {report.num_sites - report.num_fused} left · {nodes} · passes took {report.pass_ms:.0f} ms",
+    )
+
+
+def _fold(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:
+    """Sites that differ in nothing but their name and the outcome of their check."""
+    groups: dict[Any, list[SiteReport]] = {}
+    for site in sites:
+        # Symbolic sizes must not be compared, that would add guards to the trace: compare their text.
+        alike = dataclasses.replace(site, name="", check=None)
+        groups.setdefault(json.dumps(_plain(alike)), []).append(site)
+    return list(groups.values())
+
+
+def _names(group: Sequence[SiteReport]) -> str:
+    first, last = group[0].name, group[-1].name
+    if len(group) == 1:
+        return first
+    split = [re.split(r"(\d+)", name) for name in (first, last)]
+    unequal = [i for i, (a, b) in enumerate(zip(*split, strict=False)) if a != b]
+    if len(split[0]) == len(split[1]) and len(unequal) == 1 and unequal[0] % 2:
+        i = unequal[0]
+        return (
+            "".join([*split[0][:i], f"{split[0][i]}…{split[1][i]}", *split[0][i + 1 :]]) + f" ×{len(group)}"
+        )
+    return f"{first} … {last} ×{len(group)}"
+
+
+def _fused_table(groups: Sequence[Sequence[SiteReport]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), expand=True)
+    table.add_column("Fused", style="green", ratio=3, overflow="fold")
+    table.add_column("became", ratio=6, overflow="fold")
+    table.add_column("HBM before → after, each", ratio=3, overflow="fold")
+    for number, group in enumerate(groups):
+        site = group[0]
+        traffic = ""
+        if site.cost is not None:
+            before, after = site.cost.hbm_bytes_before, site.cost.hbm_bytes_after
+            traffic = f"{format_bytes(before)} → {format_bytes(after)}"
+        last = number == len(groups) - 1
+        table.add_row(_names(group), Text("\n".join(_became(site))), traffic, end_section=not last)
+    return table
+
+
+def _became(site: SiteReport) -> Iterable[str]:
+    yield f"score {site.program.partition(' where ')[0]}"
+    mask = site.mask or "none"
+    if site.cost is not None and site.cost.density is not None and site.mask:
+        mask += f" (leaves {site.cost.density:.0%} of the scores)"
+    dead = {"mean": "the mean of v", "nan": "NaN", "zero": "0"}.get(site.dead_rows)
+    yield f"mask {mask}" + (f"; a row without keys gives {dead}" if dead else "")
+    extras = [str(site.shape)] if site.shape is not None else []
+    if str(site.gqa_group) != "1":
+        extras.append(f"{site.gqa_group} query heads per key head")
+    if site.dropout_p:
+        extras.append(f"dropout {site.dropout_p:g}")
+    if site.variant:
+        extras.append(f"kernels: {site.variant}")
+    if extras:
+        yield ", ".join(extras)
+    if site.source:
+        yield f"from {site.source}"
+    for note in site.notes:
+        yield f"note: {note}"
+    for reason in site.reasons:
+        yield f"{reason}" + (f"; {reason.hint}" if reason.hint else "")
+
+
+def _render_left(group: Sequence[SiteReport]) -> Iterable[RenderableType]:
+    site = group[0]
+    where = f"  from {site.source}" if site.source else ""
+    yield Text.assemble("  ", (_names(group), "yellow"), where)
+    if site.program:
+        yield Padding(Text(site.program), (0, 0, 0, 4))
+    for reason in site.reasons:
+        line = f" ({reason.where})" if reason.where and reason.where != site.source else ""
+        yield Padding(Text.assemble((reason.code, "bold"), f": {reason.message}{line}"), (0, 0, 0, 4))
+        if reason.hint:
+            yield Padding(Text(f"to fuse it: {reason.hint}"), (0, 0, 0, 6))
+
+
+def _render_checks(report: Report) -> Iterable[RenderableType]:
+    checked = [(site.name, site.check) for site in report.sites if site.check is not None]
+    if not checked and report.check is None:
+        return
+    yield Text()
+    yield Text("Checked against float64 (limit: 2 × the original's own error, plus rounding)", style="bold")
+    if checked:
+        items = [
+            dataclasses.replace(item, name=f"{name}.{item.name}")
+            for name, check in checked
+            for item in check.items
+        ]
+        ok = all(check.ok for _, check in checked)
+        yield from _render_check(_count(len(checked), "site"), items, ok)
+    if report.check is not None:
+        yield from _render_check("whole model", report.check.items, report.check.ok)
+
+
+def _render_check(what: str, items: Sequence[CheckItem], ok: bool) -> Iterable[RenderableType]:
+    verdict = ("equal", "bold green") if ok else ("DIFFERENT", "bold red")
+    failed = sorted((item for item in items if not item.ok), key=lambda item: -item.share)
+    if not items:
+        yield Text.assemble(f"  {what}: ", verdict)
+        return
+    worst = max(items, key=lambda item: item.share)
+    if failed:
+        summary = f", {len(failed)} of {_count(len(items), 'tensor')} outside the limit"
+    else:
+        tensors = _count(len(items), "tensor")
+        summary = f", {tensors}, largest error {worst.share:.2f} of its limit ({worst.name})"
+    yield Text.assemble(f"  {what}: ", verdict, summary)
+    for item in failed[:MAX_LISTED]:
+        note = f", {item.note}" if item.note else ""
+        yield Text(
+            f"    {item.name}: error {item.error_ours:.3g}, limit {item.limit:.3g}, "
+            f"the original's {item.error_original:.3g}{note}",
+            style="red",
+        )
+    if len(failed) > MAX_LISTED:
+        yield Text(f"    and {len(failed) - MAX_LISTED} more", style="red")
