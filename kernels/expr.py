@@ -13,6 +13,7 @@ are calls), so that it can be read in a printed graph and parsed back by :func:`
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -126,8 +127,24 @@ def _is_zero(e: Expr) -> bool:
     return e.is_const and e.value == 0
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def is_integral(e: Expr) -> bool:
+    """True where the value is an integer by its form, so that sums may be reordered exactly.
+
+    Captured tensors count as real: ``(s + m) - m`` is not ``s`` in floating point when ``m`` is the
+    finite minimum, so real sums keep the order in which the model wrote them.
+    """
+    if e.op == "const":
+        return isinstance(e.value, int)
+    if e.op == "var":
+        return e != S
+    if e.op in ("+", "*", "//", "%", "min", "max"):
+        return all(is_integral(a) for a in e.operands)
+    return is_bool(e) or (e.op == "where" and all(is_integral(a) for a in e.args[1:]))
+
+
 def _terms(e: Expr) -> dict[Expr | None, Number]:
-    """``e`` as a sum: atom → coefficient, ``None`` → the constant."""
+    """An integral ``e`` as a sum: atom → coefficient, ``None`` → the constant."""
     if e.is_const:
         return {None: e.value + 0}
     if e.op == "+":
@@ -156,14 +173,23 @@ def _order(atom: Expr) -> tuple[int, str]:
 
 
 def add(*operands: Expr) -> Expr:
-    """The sum, with like terms collected."""
-    terms = _terms(Expr("+", *operands))
-    constant = terms.pop(None, 0)
-    if isinstance(constant, float) and math.isnan(constant):
-        return const(constant)
-    parts = [_scaled(a, c) for a, c in sorted(terms.items(), key=lambda t: _order(t[0])) if c != 0]  # type: ignore[arg-type]
-    if constant != 0 or not parts:
-        parts.append(const(constant))
+    """The sum.  Integral sums collect like terms; real sums keep their order, left to right."""
+    if all(is_integral(operand) for operand in operands):
+        terms = _terms(Expr("+", *operands))
+        constant = terms.pop(None, 0)
+        parts = [_scaled(a, c) for a, c in sorted(terms.items(), key=lambda t: _order(t[0])) if c != 0]  # type: ignore[arg-type]
+        if constant != 0 or not parts:
+            parts.append(const(constant))
+    else:
+        first = operands[0]
+        flat = (*(first.operands if first.op == "+" and not is_integral(first) else (first,)), *operands[1:])
+        parts = []
+        for part in flat:
+            if len(parts) == 1 and parts[0].is_const and part.is_const:
+                parts = [const(parts[0].value + part.value)]
+            elif not _is_zero(part):
+                parts.append(part)
+        parts = parts or [ZERO]
     return parts[0] if len(parts) == 1 else Expr("+", *parts)
 
 
@@ -175,6 +201,11 @@ def sub(a: Expr, b: Expr) -> Expr:
     return add(a, neg(b))
 
 
+def _is_normal(value: Number) -> bool:
+    """In the range where float32 loses nothing but rounding."""
+    return 1e-37 < abs(value) < 3e38
+
+
 def mul(a: Expr, b: Expr) -> Expr:
     if a.is_const and b.is_const:
         return const(a.value * b.value)
@@ -183,11 +214,12 @@ def mul(a: Expr, b: Expr) -> Expr:
     if b.is_const:
         if b.value == 1:
             return a
-        if b.value == 0 and not contains(a, S):
-            return ZERO
-        if a.op == "+":
-            return add(*(mul(operand, b) for operand in a.operands))
-        if a.op == "*" and a.args[1].is_const:
+        if is_integral(a) and is_integral(b):
+            if b.value == 0:
+                return ZERO
+            if a.op == "+":
+                return add(*(mul(operand, b) for operand in a.operands))
+        if a.op == "*" and a.args[1].is_const and _is_normal(a.args[1].value * b.value):
             return mul(a.args[0], const(a.args[1].value * b.value))
     elif _order(a) > _order(b):
         a, b = b, a
@@ -199,7 +231,8 @@ def div(a: Expr, b: Expr) -> Expr:
     if b.is_const and b.value != 0 and not isinstance(b.value, bool):
         if a.is_const:
             return const(a.value / b.value)
-        return mul(a, const(1 / b.value))
+        if _is_normal(1 / b.value):
+            return mul(a, const(1 / b.value))
     return Expr("/", a, b)
 
 
@@ -220,7 +253,7 @@ def _split_multiples(a: Expr, modulus: Number) -> tuple[Expr, Expr]:
 def floordiv(a: Expr, b: Expr) -> Expr:
     if b.is_const and b.value == 1:
         return a
-    if b.is_const and isinstance(b.value, int) and b.value > 0:
+    if is_integral(a) and b.is_const and isinstance(b.value, int) and b.value > 0:
         if a.is_const:
             return const(a.value // b.value)
         multiple, rest = _split_multiples(a, b.value)
@@ -236,7 +269,7 @@ def floordiv(a: Expr, b: Expr) -> Expr:
 def mod(a: Expr, b: Expr) -> Expr:
     if b.is_const and b.value == 1:
         return ZERO
-    if b.is_const and isinstance(b.value, int) and b.value > 0:
+    if is_integral(a) and b.is_const and isinstance(b.value, int) and b.value > 0:
         if a.is_const:
             return const(a.value % b.value)
         multiple, rest = _split_multiples(a, b.value)
@@ -314,7 +347,7 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
         if b.value in (0, 1):
             return a if (op == "==") == bool(b.value) else logical_not(a)
         return const(op == "!=")
-    if not is_bool(a) and not is_bool(b):
+    if is_integral(a) and is_integral(b) and not is_bool(a) and not is_bool(b):
         difference = sub(a, b)
         if difference.is_const:
             return const(bool(COMPARISONS[op](difference.value, 0)))
@@ -341,7 +374,8 @@ def logical_not(a: Expr) -> Expr:
     if a.op == "not":
         inner: Expr = a.args[0]
         return inner
-    if a.op in _NEGATED:
+    if a.op in _NEGATED and (a.op in ("==", "!=") or all(is_integral(x) for x in a.operands)):
+        # Not so for real operands: both `x <= y` and `x > y` are false where one is NaN.
         return Expr(_NEGATED[a.op], *a.args)
     if a.op == "and":
         return logical_or(*(logical_not(x) for x in a.operands))
@@ -471,10 +505,12 @@ def _text(e: Expr) -> tuple[str, int]:
         return f"{_wrapped(args[0], 5)} {op} {_wrapped(args[1], 5)}", 4
     if op == "+":
         # A positive term first where there is one, for reading.
-        ordered = sorted(args, key=_is_negative) if _is_negative(args[0]) else list(args)
+        ordered = sorted(args, key=_is_negative) if is_integral(e) else list(args)
         out = _wrapped(ordered[0], 5)
         for term in ordered[1:]:
-            out += f" - {_wrapped(neg(term), 6)}" if _is_negative(term) else f" + {_wrapped(term, 6)}"
+            positive = neg(term) if _is_negative(term) else term
+            sign, shown = (" - ", positive) if positive != term and not _is_negative(positive) else (" + ", term)
+            out += sign + _wrapped(shown, 6)
         return out, 5
     if op == "*" and args[1].is_const and args[1].value == -1:
         return f"-{_wrapped(args[0], 7)}", 7
@@ -485,7 +521,7 @@ def _text(e: Expr) -> tuple[str, int]:
 def _is_negative(e: Expr) -> bool:
     """A constant below 0, or a product with one."""
     coefficient = e.args[1] if e.op == "*" else e
-    return bool(coefficient.is_const and coefficient.value < 0)
+    return bool(coefficient.is_const and coefficient.value < 0 and _is_normal(coefficient.value))
 
 
 def _wrapped(e: Expr, level: int) -> str:
