@@ -12,6 +12,7 @@ import torch
 from flashfuse.kernels.expr import (
     INDEX_VARS,
     LENGTHS,
+    ZERO,
     Expr,
     S,
     contains,
@@ -74,7 +75,7 @@ class ScoreProgram:
         S = \\text{score}(q_i \\cdot k_j, b, h, i, j), \\qquad
         P_{ij} = \\text{softmax}_j(S_{ij}) \\text{ over the } j \\text{ with mask}(b, h, i, j)
 
-    Text form: ``score [where mask [else dead_rows]]``, for example
+    Text form: ``score [where mask] [else dead_rows]``, for example
     ``s*0.125 + bias[h, kv - q] where kv <= q and pad[b, kv] else mean``.
 
     Attributes:
@@ -82,7 +83,8 @@ class ScoreProgram:
         mask: true = attend; ``None`` = every key.
         dead_rows: the output of a row with no key allowed: ``mean`` of v over *all* keys (what an
             additive finite minimum does), ``nan`` (−inf), ``zero`` (SDPA), or ``none`` when the
-            program proves that every row has a key.
+            program proves that every row has a key.  A row can also be dead without a mask, where
+            a captured float tensor holds −inf.
     """
 
     score: Expr
@@ -107,10 +109,9 @@ class ScoreProgram:
 
     @functools.cached_property
     def text(self) -> str:
-        if self.mask is None:
-            return str(self.score)
+        where = "" if self.mask is None else f" where {self.mask}"
         tail = "" if self.dead_rows == "none" else f" else {self.dead_rows}"
-        return f"{self.score} where {self.mask}{tail}"
+        return f"{self.score}{where}{tail}"
 
     def __str__(self) -> str:
         return self.text
@@ -123,24 +124,19 @@ class ScoreProgram:
         Raises:
             ValueError: not a program; the message says which part was not understood.
         """
-        head, where, tail = text.partition(" where ")
-        score = parse(head)
-        if not where:
-            return ScoreProgram(score)
-        condition, has_else, dead = tail.partition(" else ")
+        body, has_else, dead = text.partition(" else ")
+        head, where, condition = body.partition(" where ")
         dead = dead.strip() if has_else else "none"
         if dead not in get_args(DeadRows):
             raise ValueError(f"expected dead rows of {', '.join(get_args(DeadRows))}, got {dead!r} in {text!r}")
-        mask = truth(parse(condition))
-        if contains(mask, S):
+        mask = truth(parse(condition)) if where else None
+        if mask is not None and contains(mask, S):
             raise ValueError(f"expected a mask over indices and captures, got one over the score: {condition!r}")
-        return ScoreProgram(score, mask, dead)  # type: ignore[arg-type]
+        return ScoreProgram(parse(head), mask, dead)  # type: ignore[arg-type]
 
     @property
     def mask_program(self) -> ScoreProgram:
         """The mask alone: what a block map is built from."""
-        from flashfuse.kernels.expr import ZERO
-
         return ScoreProgram(ZERO, self.mask)
 
     @functools.cached_property
