@@ -26,6 +26,11 @@ from flashfuse.passes.nodes import Size, same, shape, size_of
 
 Index = tuple[Expr, ...]
 
+MAX_PROGRAM_NODES = 400
+"""A score larger than this is better computed by the graph itself."""
+
+_THROUGH = dialect.VIEWS | dialect.CASTS | {"contiguous", "clone", "getitem", "index", "repeat", "repeat_interleave"}
+
 
 class NotLiftable(Exception):
     """Raised inside the lift where an operation has no scalar meaning; the node becomes a leaf."""
@@ -64,12 +69,14 @@ class Lift:
     Attributes:
         bounds: exclusive upper bound of each index variable (all start at 0).
         at_product: called for a product of two tensors; returns its expression or ``None``.
+        opaque: nodes that must not be looked through.
         visited: every node whose meaning was used, in order of first use.
     """
 
     scope: Scope
     bounds: dict[str, Size]
     at_product: Callable[[Product], Expr | None] = lambda product: None
+    opaque: frozenset[fx.Node] = frozenset()
     visited: dict[fx.Node, Expr] = field(default_factory=dict)
     leaves: dict[fx.Node, None] = field(default_factory=dict)
     stops: dict[fx.Node, str] = field(default_factory=dict)
@@ -86,14 +93,28 @@ class Lift:
         return self._memo[key]
 
     def _element(self, node: fx.Node, index: Index) -> Expr:
-        op = dialect.read(node)
+        op = None if node in self.opaque else dialect.read(node)
         rule = _RULES.get(op.name) if op is not None else None
         if op is not None and rule is not None:
             try:
-                return rule(self, node, op, index)
+                e = rule(self, node, op, index)
             except NotLiftable as stop:
                 self.stops[node] = str(stop)
+            else:
+                if not self._smaller_as_tensor(op, e, index):
+                    return e
         return self._leaf(node, index)
+
+    def _smaller_as_tensor(self, op: Op, e: Expr, index: Index) -> bool:
+        """Materialise at the smallest rank: what does not run over both q and kv stays a tensor.
+
+        Closed forms and what only moves indices are looked through all the same.
+        """
+        if op.name in _THROUGH or E.contains(e, E.S):
+            return False
+        loads = [n for n in E.walk(e) if n.op == "load"]
+        used: set[str] = set().union(*(E.variables(i) for i in index)) if index else set()
+        return bool(loads) and (not {"q", "kv"} <= used or len(list(E.walk(e))) > MAX_PROGRAM_NODES)
 
     def _leaf(self, node: fx.Node, index: Index) -> Expr:
         self.leaves[node] = None
@@ -137,7 +158,10 @@ class Lift:
             if isinstance(example, (bool, int, float)):
                 return const(example)
             if isinstance(example, torch.SymInt):
-                return self.size(size_of(example), x)
+                return self.size(size_of(example))
+            if isinstance(example, torch.SymFloat):
+                # A float attribute that Dynamo made symbolic under dynamic=True; reading it guards on it.
+                return const(float(example))
             raise NotLiftable(f"the value of `{x.name}` is not known")
         if isinstance(x, torch.SymInt):
             return self.size(size_of(x))
@@ -145,7 +169,7 @@ class Lift:
             return const(x)
         raise NotLiftable(f"an argument {x!r}")
 
-    def size(self, size: Size, origin: Any = None) -> Expr:
+    def size(self, size: Size) -> Expr:
         """A size as an expression; symbolic ones get names."""
         if isinstance(size, int):
             return const(size)

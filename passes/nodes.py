@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -83,6 +84,9 @@ def live(graph: fx.Graph) -> set[fx.Node]:
     return seen
 
 
+_MAY_ALIAS = dialect.VIEWS | dialect.CASTS | {"contiguous", "getitem", "index", "dropout"}
+
+
 class Memory:
     """Who shares memory with whom, and when it is written to.
 
@@ -92,31 +96,55 @@ class Memory:
     def __init__(self, graph: fx.Graph) -> None:
         self.position: dict[fx.Node, int] = {node: i for i, node in enumerate(graph.nodes)}
         self._root: dict[fx.Node, fx.Node] = {}
-        self._writes: dict[fx.Node, list[int]] = {}
+        self._writes: dict[fx.Node, list[fx.Node]] = {}
+        self._members: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            self._root[node] = self._origin(node)
+            root = self._root[node] = self._origin(node)
+            self._members.setdefault(root, []).append(node)
             for written in dialect.writes(node):
-                self._writes.setdefault(self._root[written], []).append(self.position[node])
+                self._writes.setdefault(self._root[written], []).append(node)
 
     def _origin(self, node: fx.Node) -> fx.Node:
         written = dialect.writes(node)
         if written:
             return self._root[written[0]]
         op = dialect.read(node)
-        if op is not None and op.name in dialect.VIEWS | dialect.CASTS | {"contiguous", "getitem", "index", "dropout"}:
+        if op is not None and op.name in _MAY_ALIAS:
             base = op.input
             if isinstance(base, fx.Node):
                 return self._root[base]
         return node
 
-    def root(self, node: fx.Node) -> fx.Node:
-        """The node whose memory ``node`` may be a view of."""
-        return self._root[node]
+    def _writes_after(self, node: fx.Node) -> list[fx.Node]:
+        return [w for w in self._writes.get(self._root[node], ()) if self.position[w] > self.position[node]]
 
-    def written_between(self, node: fx.Node, end: fx.Node) -> bool:
-        """True when the memory of ``node`` may be written to after it is made and before ``end``."""
-        writes = self._writes.get(self._root[node], ())
-        return any(self.position[node] < w < self.position[end] for w in writes)
+    @functools.cached_property
+    def opaque(self) -> frozenset[fx.Node]:
+        """Nodes whose memory is later written to by something outside the vocabulary.
 
-    def written_after(self, node: fx.Node) -> bool:
-        return any(self.position[node] < w for w in self._writes.get(self._root[node], ()))
+        What they hold when read is not what the operation that made them computed.
+        """
+        return frozenset(
+            n for n in self.position if any(dialect.read(w) is None for w in self._writes_after(n))
+        )
+
+    def loads_change(self, node: fx.Node, end: fx.Node) -> bool:
+        """True when reading ``node`` at ``end`` may differ from reading it where the graph does."""
+        writes = [w for w in self._writes_after(node) if self.position[w] < self.position[end]]
+        readers = [u for u in node.users if self.position[u] <= self.position[end]]
+        return any(self.position[r] < self.position[w] for w in writes for r in readers if r is not w)
+
+    def meaning_changes(self, node: fx.Node, end: fx.Node, visited: Mapping[fx.Node, Any]) -> bool:
+        """True when ``node``, read as the value its operation computed, may not be that value.
+
+        In-place operations are read as their functional meaning.  That is right where the lift went
+        through the operation itself and nobody uses an older name of the memory afterwards.
+        """
+        for w in self._writes_after(node):
+            if self.position[w] >= self.position[end]:
+                continue
+            older = [x for x in self._members[self._root[node]] if self.position[x] < self.position[w]]
+            stale = any(self.position[u] > self.position[w] for x in older for u in x.users)
+            if w not in visited or stale:
+                return True
+        return False
