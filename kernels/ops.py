@@ -145,17 +145,20 @@ def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
         raise RuntimeError("flashfuse::attention: lse is not differentiable; use out")
     q, k, v, out, lse, seed, *rest = ctx.saved_tensors
     captures, maps = rest[: ctx.num_captures], rest[ctx.num_captures :]
+    # An empty list of integers looks like an empty list of tensors, which wants a list back.
+    no_ints = None if ctx.ints else []
+    no_maps = [None] * len(maps)
+    if do is None:
+        return None, None, None, [None] * len(captures), no_ints, no_maps, None, None, None, None
     needs = ctx.needs_input_grad[3]
     wanted = [i for i in range(len(captures)) if (needs[i] if isinstance(needs, (list, tuple)) else needs)]
-    if do is None:
-        return (None,) * 10
     dq, dk, dv, *dcaptures = torch.ops.flashfuse.attention_backward(
         do, q, k, v, out, lse, captures, ctx.ints, maps, seed, ctx.program, ctx.dropout_p, ctx.variant, wanted
     )
     grads: list[Tensor | None] = [None] * len(captures)
     for i, grad in zip(wanted, dcaptures, strict=True):
         grads[i] = grad
-    return dq, dk, dv, grads, None, [None] * len(maps), None, None, None, None
+    return dq, dk, dv, grads, no_ints, no_maps, None, None, None, None
 
 
 torch.library.register_autograd("flashfuse::attention", _backward, setup_context=_setup_context)

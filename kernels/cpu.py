@@ -1,0 +1,245 @@
+"""The CPU variant: PyTorch's fused kernel on the parts of the scores that exist, BLAS for the rest.
+
+``aten::_scaled_dot_product_flash_attention_for_cpu`` computes ``s * c`` plus an additive mask, and
+takes any strides, also those of an expanded mask or key.  A program of that form without dropout is
+cut into tiles of rows; each tile runs against the columns it can reach, with a mask of the tile's
+size only where the tile needs one (``cpu_score.py``).  Every other program, dropout, and gradients
+of captures run in ``cpu_blas.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashfuse.kernels import cpu_blas
+from flashfuse.kernels.cpu_blas import Dropout, additive_of
+from flashfuse.kernels.cpu_score import Form, Sizes, Tile, TileValues, form_of, tiles
+from flashfuse.kernels.ops import empty_bhsd
+from flashfuse.kernels.spec import ScoreProgram
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    maps: Sequence[Tensor],
+    seed: Tensor | None,
+    program: ScoreProgram,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """``out`` [B, H, Sq, Dv] laid out as [B, Sq, H, Dv], and ``lse`` [B, H, Sq]; see ``dispatch``."""
+    if 0 in (*q.shape[:3], k.shape[2]):
+        lse = q.new_full(q.shape[:3], float("-inf"), dtype=_lse_dtype(q))
+        return empty_bhsd(q, (*q.shape[:3], v.shape[-1])).zero_(), lse
+    if dropout_p or not _is_native(q, form_of(program)):
+        return cpu_blas.forward(q, k, v, captures, ints, seed, program, dropout_p)
+    return _native_forward(_Native(q, k, v, captures, ints, program), q, k, v)
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    maps: Sequence[Tensor],
+    seed: Tensor | None,
+    program: ScoreProgram,
+    dropout_p: float,
+    capture_grads: Sequence[int],
+) -> list[Tensor]:
+    """``[dq, dk, dv, *gradients of captures[i] for i in capture_grads]``; see ``dispatch``."""
+    if 0 in (*q.shape[:3], k.shape[2]):
+        grads = [empty_bhsd(t, t.shape).zero_() for t in (q, k, v)]
+        return grads + [captures[i].new_zeros(captures[i].shape) for i in capture_grads]
+    if dropout_p or capture_grads or not _is_native(q, form_of(program)):
+        return cpu_blas.backward(do, q, k, v, captures, ints, seed, program, dropout_p, capture_grads)
+    return _native_backward(_Native(q, k, v, captures, ints, program), do, q, k, v, out, lse)
+
+
+def dropout_mask(seed: Tensor, dropout_p: float, sizes: Sizes) -> Tensor:
+    """[B, H, Sq, Skv]: True where a weight is kept."""
+    batch, _, q_len, kv_len = sizes
+    dropout = Dropout(seed, dropout_p, sizes)
+    keep = [dropout.keep_bits(Tile(b, b + 1, 0, q_len, 0, kv_len)) != 0 for b in range(batch)]
+    return torch.stack(keep) if keep else torch.ones(sizes, dtype=torch.bool)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _is_native(q: Tensor, form: Form) -> bool:
+    # Under a causal mask the kernel multiplies -inf by the scale.
+    return form.scale is not None and form.scale > 0
+
+
+# --- the fused kernel ------------------------------------------------------------------------------
+
+
+class _Native:
+    """One call of the form ``s * scale + bias``: its tiles and their masks."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captures: Sequence[Tensor],
+        ints: Sequence[int],
+        program: ScoreProgram,
+    ) -> None:
+        self.program, self.form = program, form_of(program)
+        self.captures: Mapping[str, Tensor] = dict(zip(program.captures, captures, strict=True))
+        self.ints = tuple(zip(program.ints, ints, strict=True))
+        self.sizes: Sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        self.kv_heads = k.shape[1]
+        self.dtype = _lse_dtype(q)
+        # The kernel wants one head size.
+        self.head_dim = max(q.shape[-1], v.shape[-1])
+
+    def tiles(self) -> Sequence[Tile]:
+        _, heads, q_len, _ = self.sizes
+        form = self.form
+        by_batch = heads != self.kv_heads or (form.mask_loads and "b" in form.mask_uses)
+        rows = 128 if "q" in form.mask_uses | form.bias_uses else q_len
+        return tiles(self.program, self.captures, self.ints, self.sizes, rows, by_batch)
+
+    def mask(self, tile: Tile) -> Tensor | None:
+        """The additive mask of a tile, broadcasting to [b, H, rows, columns]."""
+        values = TileValues(self.form, self.captures, self.ints, self.sizes, tile, self.dtype)
+        return additive_of(values, tile)
+
+    def by_group(self, x: Tensor, tile: Tile, heads_are_kv: bool) -> Tensor:
+        """Under grouped heads [1, H, n, D] → [H_kv, heads per key head, n, D], copying nothing."""
+        x = x[tile.b0 : tile.b1]
+        group = self.sizes[1] // self.kv_heads
+        if group == 1:
+            return x
+        if heads_are_kv:
+            return x[0].unsqueeze(1).expand(-1, group, -1, -1)
+        return x[0].unflatten(0, (self.kv_heads, group))
+
+    def mask_by_group(self, mask: Tensor | None, tile: Tile) -> Tensor | None:
+        if mask is None:
+            return None
+        batch, heads = tile.b1 - tile.b0, self.sizes[1]
+        shape = (tile.q1 - tile.q0, tile.k1 - tile.k0)
+        if heads == self.kv_heads:
+            return mask.expand(batch, mask.shape[1], *shape)
+        if mask.shape[1] == 1:
+            return mask.expand(1, 1, *shape)
+        return mask.expand(1, heads, *shape)[0].unflatten(0, (self.kv_heads, -1))
+
+    def padded(self, x: Tensor) -> Tensor:
+        missing = self.head_dim - x.shape[-1]
+        x = F.pad(x, (0, missing)) if missing else x
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _native_forward(site: _Native, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, _ = site.sizes
+    v_dim = v.shape[-1]
+    out = empty_bhsd(q, (batch, heads, q_len, v_dim))
+    lse = torch.empty(batch, heads, q_len, dtype=site.dtype)
+    mean = None
+    q, k, v = site.padded(q), site.padded(k), site.padded(v)
+    for tile in site.tiles():
+        rows = (slice(tile.b0, tile.b1), slice(None), slice(tile.q0, tile.q1))
+        dead: Tensor | None
+        if tile.is_empty:
+            out[rows] = 0
+            lse[rows] = float("-inf")
+            dead = torch.ones(1, 1, 1, dtype=torch.bool)
+        else:
+            mask = site.mask(tile)
+            tile_out, tile_lse = _flash(
+                site.by_group(q[:, :, tile.q0 : tile.q1], tile, False),
+                site.by_group(k[:, :, tile.k0 : tile.k1], tile, True),
+                site.by_group(v[:, :, tile.k0 : tile.k1], tile, True),
+                attn_mask=site.mask_by_group(mask, tile),
+                scale=site.form.scale,
+            )
+            out[rows] = tile_out.reshape(tile.b1 - tile.b0, heads, -1, site.head_dim)[..., :v_dim]
+            lse[rows] = tile_lse.reshape(tile.b1 - tile.b0, heads, -1)
+            dead = _dead_rows(mask, tile_lse)
+            if dead is not None:
+                lse[rows] = lse[rows].masked_fill(dead, float("-inf"))
+        if dead is not None and site.program.dead_rows == "nan":
+            out[rows] = out[rows].masked_fill(dead[..., None], float("nan"))
+        elif dead is not None and site.program.dead_rows == "mean":
+            if mean is None:
+                mean = v[..., :v_dim].to(site.dtype).mean(2, keepdim=True).to(v.dtype)
+                mean = mean.repeat_interleave(heads // site.kv_heads, 1)
+            out[rows] = torch.where(dead[..., None], mean[tile.b0 : tile.b1], out[rows])
+    return out, lse
+
+
+def _dead_rows(mask: Tensor | None, lse: Tensor) -> Tensor | None:
+    """[b?, H?, rows?]: rows whose mask is −inf throughout; ``None`` where no row is.
+
+    The kernel gives them 0 for lse, which other rows rarely have.
+    """
+    if mask is None or not (lse == 0).any():
+        return None
+    dead = mask.amax(-1) == float("-inf")
+    return dead if dead.any() else None
+
+
+def _native_backward(
+    site: _Native, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> list[Tensor]:
+    heads, kv_len = site.sizes[1], site.sizes[3]
+    dq, dk, dv = (empty_bhsd(t, t.shape) for t in (q, k, v))
+    d_keys, d_values = (torch.zeros(t.shape, dtype=site.dtype) for t in (k, v))
+    dead = lse == float("-inf")
+    any_dead = bool(dead.any())
+    live_do = do
+    if any_dead:
+        # With lse 0 the weights of a dead row are exp(-inf - 0) = 0, as long as out is finite.
+        lse = lse.masked_fill(dead, 0)
+        out = out.masked_fill(dead[..., None], 0)
+    q, k, v, out, live_do = (site.padded(x) for x in (q, k, v, out, live_do))
+    for tile in site.tiles():
+        rows = (slice(tile.b0, tile.b1), slice(None), slice(tile.q0, tile.q1))
+        if tile.is_empty:
+            dq[rows] = 0
+            continue
+        columns = (slice(tile.b0, tile.b1), slice(None), slice(tile.k0, tile.k1))
+        tile_dq, tile_dk, tile_dv = _flash_backward(
+            site.by_group(live_do[:, :, tile.q0 : tile.q1], tile, False),
+            site.by_group(q[:, :, tile.q0 : tile.q1], tile, False),
+            site.by_group(k[:, :, tile.k0 : tile.k1], tile, True),
+            site.by_group(v[:, :, tile.k0 : tile.k1], tile, True),
+            site.by_group(out[:, :, tile.q0 : tile.q1], tile, False),
+            site.by_group(lse[:, :, tile.q0 : tile.q1], tile, False),
+            0.0,
+            False,
+            attn_mask=site.mask_by_group(site.mask(tile), tile),
+            scale=site.form.scale,
+        )
+        dq[rows] = tile_dq.reshape(tile.b1 - tile.b0, heads, -1, site.head_dim)[..., : dq.shape[-1]]
+        if heads != site.kv_heads:
+            tile_dk, tile_dv = tile_dk.sum(1)[None], tile_dv.sum(1)[None]
+        d_keys[columns] += tile_dk[..., : dk.shape[-1]]
+        d_values[columns] += tile_dv[..., : dv.shape[-1]]
+    if any_dead and site.program.dead_rows in ("mean", "nan"):
+        per_key = (do.to(site.dtype) * dead[..., None]).sum(2, keepdim=True) / kv_len
+        if site.program.dead_rows == "nan":
+            per_key = per_key.masked_fill(dead.any(2)[..., None, None], float("nan"))
+        d_values += per_key.unflatten(1, (site.kv_heads, -1)).sum(2)
+    dk.copy_(d_keys)
+    dv.copy_(d_values)
+    return [dq, dk, dv]

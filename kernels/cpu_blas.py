@@ -1,0 +1,278 @@
+"""Attention on a CPU in tiles of matrix products: any score, dropout, gradients of captures.
+
+For rows I of one batch entry and the columns J they can reach, with c = 1 / (1 - p) and the dropout
+mask Z (FlashAttention, arXiv 2205.14135, section 3 and appendix B; recomputed, never saved):
+
+    S = score(q_I k_Jᵀ)    P = softmax_J(S)    out_I = c (P ∘ Z) v_J
+    dP = Z ∘ c do_I v_Jᵀ   dS = P ∘ (dP - rowsum(P ∘ dP))
+    dq_I = score'(S) dS k_J    dk_J += (score'(S) dS)ᵀ q_I    dv_J += c (P ∘ Z)ᵀ do_I
+
+A tile holds whole rows, so the softmax is not split.  Query heads that share a key head are stacked
+as rows of one product.  float16 and bfloat16 are computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flashfuse.kernels.cpu_score import Sizes, Tile, TileValues, form_of, tiles
+from flashfuse.kernels.derivative import derivative
+from flashfuse.kernels.expr import ONE, S, load
+from flashfuse.kernels.ops import empty_bhsd
+from flashfuse.kernels.spec import ScoreProgram
+
+_TILE_ELEMENTS = 1 << 20
+"""Scores per tile, over all heads: few enough to stay in cache, enough to share among threads."""
+
+
+def _rows_per_tile(sizes: Sizes) -> int:
+    _, heads, _, kv_len = sizes
+    return max(16, min(128, _TILE_ELEMENTS // max(1, heads * kv_len) // 16 * 16))
+
+
+class Dropout:
+    """The keep mask, a function of the seed and the position alone.
+
+    Each row and each column of a head draws a random word; the word of an element mixes the two.
+    Tiles of any shape can therefore be replayed in any order, in a few passes of integer
+    arithmetic, where drawing from a generator costs ten times as much.
+    """
+
+    def __init__(self, seed: Tensor, p: float, sizes: Sizes) -> None:
+        batch, heads, q_len, kv_len = sizes
+        generator = torch.Generator().manual_seed(_to_one_word(seed))
+        low, high = -(1 << 31), 1 << 31
+
+        def draw(length: int) -> Tensor:
+            return torch.randint(low, high, (batch, heads, length), dtype=torch.int32, generator=generator)
+
+        self.rows, self.columns = draw(q_len), draw(kv_len)
+        self.scale = 1 / (1 - p) if p < 1 else 0.0
+        # A word below the threshold drops: that many of 2^32, less one where p is 1.
+        self.threshold = min(round(p * 2**32), 2**32 - 1) - (1 << 31)
+
+    def keep_bits(self, tile: Tile) -> Tensor:
+        """[H, rows, columns] int32: all ones where kept, 0 where dropped."""
+        rows = self.rows[tile.b0, :, tile.q0 : tile.q1, None]
+        columns = self.columns[tile.b0, :, None, tile.k0 : tile.k1]
+        x = rows + columns
+        # x(2x + 1) is a permutation of the words that carries low bits up; the shift brings high bits
+        # down, and the odd factor carries them up again.  The sign and what follows it decide.
+        x = torch.addcmul(x, x, x, value=2)
+        x.bitwise_xor_(x >> 15).mul_(0x2C1B3C6D)
+        return x.ge_(self.threshold).neg_()
+
+
+def _to_one_word(seed: Tensor) -> int:
+    word = 0
+    for value in seed.reshape(-1).tolist():
+        word = (word * 0x9E3779B97F4A7C15 + int(value)) % (1 << 63)
+    return word
+
+
+def _drop(weights: Tensor, bits: Tensor) -> None:
+    """Zeroes the dropped weights in place."""
+    if weights.dtype == torch.float32:
+        weights.view(torch.int32).bitwise_and_(bits)
+    else:
+        weights.mul_(bits != 0)
+
+
+class _Site:
+    """One call: its program, its tensors by name, and the steps that forward and backward share."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        captures: Sequence[Tensor],
+        ints: Sequence[int],
+        seed: Tensor | None,
+        program: ScoreProgram,
+        dropout_p: float,
+    ) -> None:
+        self.program, self.form = program, form_of(program)
+        self.captures: Mapping[str, Tensor] = dict(zip(program.captures, captures, strict=True))
+        self.ints = tuple(zip(program.ints, ints, strict=True))
+        self.sizes: Sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        self.kv_heads = k.shape[1]
+        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.keeps_dead_rows_zero = program.dead_rows in ("none", "zero")
+        self.dropout = None
+        if dropout_p:
+            assert seed is not None
+            self.dropout = Dropout(seed, dropout_p, self.sizes)
+
+    def tiles(self) -> Sequence[Tile]:
+        rows = _rows_per_tile(self.sizes)
+        return tiles(self.program, self.captures, self.ints, self.sizes, rows, by_batch=True)
+
+    def values(self, tile: Tile) -> TileValues:
+        return TileValues(self.form, self.captures, self.ints, self.sizes, tile, self.dtype)
+
+    def stacked(self, x: Tensor, tile: Tile) -> Tensor:
+        """Rows of ``x`` [B, H, Sq, D] → [H_kv, heads per key head * rows, D]."""
+        rows = x[tile.b0, :, tile.q0 : tile.q1].to(self.dtype)
+        return rows.reshape(self.kv_heads, -1, x.shape[-1])
+
+    def weights(self, tile: Tile, q_rows: Tensor, k: Tensor) -> _Weights:
+        """Softmax weights of a tile that is not empty, before dropout; scale is already in ``q_rows``."""
+        form, values = self.form, self.values(tile)
+        heads, rows = self.sizes[1], tile.q1 - tile.q0
+        products = torch.bmm(q_rows, k[:, tile.k0 : tile.k1].mT).view(1, heads, rows, -1)
+        if form.scale is not None:
+            scores = products
+            additive = additive_of(values, tile)
+            if additive is not None:
+                scores.add_(additive)
+        else:
+            values["s"] = products
+            scores = values.tensor(form.score).to(self.dtype).expand(products.shape)
+            allowed = allowed_of(values, tile)
+            if allowed is not None:
+                scores = scores.masked_fill(~allowed, float("-inf"))
+        highest = scores.amax(-1, keepdim=True)
+        weights = torch.softmax(scores, -1)
+        dead = highest == float("-inf")
+        lse = highest - weights.amax(-1, keepdim=True).log_()
+        if not dead.any():
+            return _Weights(tile, values, weights[0], lse[0], None)
+        if not self.keeps_dead_rows_zero and tile.k1 - tile.k0 < self.sizes[3]:
+            # Such rows spread over every key, also those that no other row reaches.
+            wide = tile.widened(form, self.sizes[3])
+            return self.weights(wide, q_rows, k)
+        fill = {"mean": 1 / self.sizes[3], "nan": float("nan")}.get(self.program.dead_rows, 0.0)
+        weights.masked_fill_(dead, fill)
+        lse.masked_fill_(dead, float("-inf"))
+        return _Weights(tile, values, weights[0], lse[0], dead[0])
+
+
+class _Weights:
+    """``weights`` [H, rows, columns] of ``tile``; ``lse`` and ``dead`` (if any is) [H, rows, 1]."""
+
+    def __init__(
+        self, tile: Tile, values: TileValues, weights: Tensor, lse: Tensor, dead: Tensor | None
+    ) -> None:
+        self.tile, self.values, self.weights, self.lse, self.dead = tile, values, weights, lse, dead
+
+
+def allowed_of(values: TileValues, tile: Tile) -> Tensor | None:
+    """Where the conditions of ``tile`` hold, broadcasting over it; ``None`` for everywhere."""
+    allowed = None
+    for condition in tile.conditions:
+        holds = values.tensor(condition)
+        holds = holds if holds.dtype == torch.bool else holds != 0
+        allowed = holds if allowed is None else allowed & holds
+    return allowed
+
+
+def additive_of(values: TileValues, tile: Tile) -> Tensor | None:
+    """The bias with −inf where a key is not allowed, broadcasting over the tile; ``None`` for 0."""
+    form, allowed = values.form, allowed_of(values, tile)
+    if form.bias is None:
+        if allowed is None:
+            return None
+        return torch.zeros(allowed.shape, dtype=values.dtype).masked_fill_(~allowed, float("-inf"))
+    bias = values.tensor(form.bias).to(values.dtype)
+    return bias if allowed is None else torch.where(allowed, bias, float("-inf"))
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    seed: Tensor | None,
+    program: ScoreProgram,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    site = _Site(q, k, captures, ints, seed, program, dropout_p)
+    batch, heads, q_len, _ = site.sizes
+    out = empty_bhsd(q, (batch, heads, q_len, v.shape[-1]))
+    lse = torch.empty(batch, heads, q_len, dtype=site.dtype)
+    scale = 1.0 if site.form.scale is None else site.form.scale
+    for tile in site.tiles():
+        b, rows = tile.b0, slice(tile.q0, tile.q1)
+        if tile.is_empty and site.keeps_dead_rows_zero:
+            out[b, :, rows] = 0
+            lse[b, :, rows] = float("-inf")
+            continue
+        if tile.is_empty:
+            tile = tile.widened(site.form, k.shape[2])
+        k_b, v_b = k[b].to(site.dtype), v[b].to(site.dtype)
+        w = site.weights(tile, site.stacked(q, tile) * scale, k_b)
+        if site.dropout is not None:
+            _drop(w.weights, site.dropout.keep_bits(w.tile))
+        weights = w.weights.view(site.kv_heads, -1, w.weights.shape[-1])
+        rows_out = torch.bmm(weights, v_b[:, w.tile.k0 : w.tile.k1])
+        if site.dropout is not None:
+            rows_out.mul_(site.dropout.scale)
+        out[b, :, rows] = rows_out.view(heads, -1, v.shape[-1])
+        lse[b, :, rows] = w.lse[..., 0]
+    return out, lse
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    seed: Tensor | None,
+    program: ScoreProgram,
+    dropout_p: float,
+    capture_grads: Sequence[int],
+) -> list[Tensor]:
+    site = _Site(q, k, captures, ints, seed, program, dropout_p)
+    form, heads = site.form, site.sizes[1]
+    scale = 1.0 if form.scale is None else form.scale
+    keep_scale = 1.0 if site.dropout is None else site.dropout.scale
+    dq, dk, dv = (empty_bhsd(t, t.shape) for t in (q, k, v))
+    wanted = {program.captures[i]: torch.zeros(captures[i].shape, dtype=site.dtype) for i in capture_grads}
+    slopes = [
+        (x, derivative(form.score, load(f"@{i}", ()))) for i, x in enumerate(form.loads) if x.name in wanted
+    ]
+    score_slope = derivative(form.score, S) if form.scale is None else ONE
+    k_b = v_b = dk_b = dv_b = q.new_empty(0)
+    for tile in site.tiles():
+        b, rows = tile.b0, slice(tile.q0, tile.q1)
+        if tile.q0 == 0:
+            k_b, v_b = k[b].to(site.dtype), v[b].to(site.dtype)
+            dk_b, dv_b = torch.zeros(k_b.shape, dtype=site.dtype), torch.zeros(v_b.shape, dtype=site.dtype)
+        if tile.is_empty and site.keeps_dead_rows_zero:
+            dq[b, :, rows] = 0
+        else:
+            if tile.is_empty:
+                tile = tile.widened(form, k.shape[2])
+            q_rows, do_rows = site.stacked(q, tile) * scale, site.stacked(do, tile) * keep_scale
+            w = site.weights(tile, q_rows, k_b)
+            columns = slice(w.tile.k0, w.tile.k1)
+            stacked = (site.kv_heads, -1, w.weights.shape[-1])
+            d_weights = torch.bmm(do_rows, v_b[:, columns].mT).view(w.weights.shape)
+            bits = None if site.dropout is None else site.dropout.keep_bits(w.tile)
+            if bits is not None:
+                _drop(d_weights, bits)
+            d_score = torch._softmax_backward_data(d_weights, w.weights, -1, site.dtype)
+            if w.dead is not None:
+                d_score.masked_fill_(w.dead, 0)
+            if bits is not None:
+                _drop(w.weights, bits)
+            dv_b[:, columns] += torch.bmm(w.weights.view(stacked).mT, do_rows)
+            for x, slope in slopes:
+                gradient = d_score[None]
+                if slope != ONE:
+                    gradient = gradient * w.values.tensor(slope)
+                w.values.add_gradient(x, gradient, wanted[x.name])
+            if score_slope != ONE:
+                d_score = d_score * w.values.tensor(score_slope)[0]
+            d_score = d_score.view(stacked)
+            dq[b, :, rows] = torch.bmm(d_score, k_b[:, columns]).mul_(scale).view(heads, -1, q.shape[-1])
+            dk_b[:, columns] += torch.bmm(d_score.mT, q_rows)
+        if tile.q1 == q.shape[2]:
+            dk[b], dv[b] = dk_b, dv_b
+    return [dq, dk, dv, *(wanted[program.captures[i]].to(captures[i].dtype) for i in capture_grads)]

@@ -1,0 +1,16 @@
+"""Makes the helper modules beside this file importable by their own names.
+
+Neither the repository root nor this folder may be on ``sys.path``: both hold folders named like
+installed packages (``kernels``, ``flashfuse``).
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+for _path in sorted(Path(__file__).parent.glob("*.py")):
+    if _path.stem not in sys.modules and _path.stem != "conftest" and not _path.stem.startswith("test_"):
+        _spec = importlib.util.spec_from_file_location(_path.stem, _path)
+        _module = importlib.util.module_from_spec(_spec)
+        sys.modules[_path.stem] = _module
+        _spec.loader.exec_module(_module)
