@@ -142,11 +142,10 @@ def attention_reference(
         scores = scores.masked_fill(~allowed, float("-inf"))
     lse = scores.logsumexp(-1)
     dead = (lse == float("-inf"))[..., None]
-    weights = (scores - lse.masked_fill(dead[..., 0], 0)[..., None]).exp()
-    if program.dead_rows == "mean":
-        weights = torch.where(dead, 1 / kv_len, weights)
-    elif program.dead_rows == "nan":
-        weights = torch.where(dead, float("nan"), weights)
+    # Not exp(scores - lse): where every score is −3.4e38, lse has no room for the log of the sum.
+    weights = scores.masked_fill(dead, 0).softmax(-1)
+    of_dead = {"mean": 1 / max(kv_len, 1), "nan": float("nan")}.get(program.dead_rows, 0.0)
+    weights = torch.where(dead, of_dead, weights)
     if dropout_p:
         assert keep is not None
         weights = torch.where(keep, weights / (1 - dropout_p), 0)

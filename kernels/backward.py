@@ -1,0 +1,385 @@
+"""The backward kernels (FlashAttention-2, Dao 2023, algorithm 2, split in two so that nothing is added atomically).
+
+With P the softmax weights, R the dropout keep-mask over 1 − p (1 without dropout):
+
+    delta_i = do_i · out_i                      dP = (do vᵀ) ∘ R
+    dS = P ∘ (dP − delta)                       dX = dS ∘ d score / d s
+    dv = (P ∘ R)ᵀ do      dk = dXᵀ q      dq = dX k      d capture += Σ dS · d score / d load
+
+    q dq [B, H, Sq, D]   k dk [B, H_kv, Skv, D]   v dv [B, H_kv, Skv, DV]   do out [B, H, Sq, DV]
+    lse delta norm [B, H, Sq] float32
+
+One kernel walks the queries of a tile of keys (dk, dv; it sums over the heads of a group), one the
+keys of a tile of queries (dq, captures).  P is recomputed as 2^(x − lse).  A dead row has lse = +∞
+here, so that its weights vanish; what the mode adds to dv comes in as ``Extra``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashfuse.kernels.device_math import LOG2E, keep_draw
+from flashfuse.kernels.forward import load_rows, tile_start
+
+HUGE_LSE: tl.constexpr = tl.constexpr(4096.0)
+
+
+@triton.jit
+def _weights(x, lse, norm, FOLDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    if FOLDED:
+        return tl.exp2(x - lse)
+    else:
+        return tl.exp2((x - lse) * LOG2E - norm)
+
+
+@triton.jit(do_not_specialize=["sob", "soh", "sos", "sgb", "sgh", "sgs", "H", "Sq"])
+def backward_prepare(  # type: ignore[no-untyped-def]
+    Out, DOut, Lse, LseOut, Delta, sob, soh, sos, sgb, sgh, sgs, H, Sq,
+    DV: tl.constexpr, DV_PAD: tl.constexpr, FOLDED: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """delta, and lse as the other kernels want it: base 2 where FOLDED, +∞ in dead rows."""
+    tiles = (Sq + BM - 1) // BM
+    bh = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BM
+    b64, h64 = (bh // H).to(tl.int64) * 8, (bh % H).to(tl.int64) * 8
+    local = tl.arange(0, BM)
+    first64 = first.to(tl.int64) * 8
+    out = load_rows(Out + b64 * sob + h64 * soh + first64 * sos, local, sos, Sq - first, DV, DV_PAD, True)
+    do = load_rows(DOut + b64 * sgb + h64 * sgh + first64 * sgs, local, sgs, Sq - first, DV, DV_PAD, True)
+    rows = bh.to(tl.int64) * Sq + first + local
+    inside = local < Sq - first
+    lse = tl.load(Lse + rows, mask=inside, other=0.0)
+    dead = lse == float("-inf")
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(Delta + rows, tl.where(dead, 0.0, delta), mask=inside)
+    if FOLDED:
+        lse = lse * LOG2E
+    tl.store(LseOut + rows, tl.where(dead, float("inf"), lse), mask=inside)
+
+
+@triton.jit(do_not_specialize=["nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "H", "GROUP", "Sq", "Skv"])
+def backward_norm(  # type: ignore[no-untyped-def]
+    Q, K, Lse, Norm, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, H, GROUP, Sq, Skv,
+    SCORE: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """log2 of the weights' sum, which is 0 but for rows whose lse is too large to hold it.
+
+    At a row maximum of −3.4e38 (a finite mask over every key) float32 drops the ``ln l`` of
+    lse = m + ln l; the sum of e^(x − lse) then is l, and this is its base-2 logarithm.
+    """
+    tiles = (Sq + BM - 1) // BM
+    bh = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BM
+    b = bh // H
+    h = bh % H
+    local = tl.arange(0, BM)
+    inside = local < Sq - first
+    rows = bh.to(tl.int64) * Sq + first + local
+    lse = tl.load(Lse + rows, mask=inside, other=0.0)
+    huge = (tl.abs(lse) > HUGE_LSE) & (tl.abs(lse) < float("inf"))
+    norm = tl.zeros([BM], tl.float32)
+    if tl.max(huge.to(tl.int32), 0) > 0:
+        b64, h64, kvh64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8, (h // GROUP).to(tl.int64) * 8
+        q_base = Q + b64 * sqb + h64 * sqh + first.to(tl.int64) * 8 * sqs
+        q = load_rows(q_base, local, sqs, Sq - first, D, D_PAD, True)
+        q_rows = tl.minimum(first + local, Sq - 1)
+        k_base = K + b64 * skb + kvh64 * skh
+        total = tl.zeros([BM], tl.float32)
+        for i in range(0, (Skv + BN - 1) // BN):
+            start = tl.to_tensor(i) * BN
+            columns = tl.arange(0, BN)
+            k = load_rows(k_base + start.to(tl.int64) * 8 * sks, columns, sks, Skv - start, D, D_PAD, True)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            kv = tl.minimum(start + columns, Skv - 1)
+            x = SCORE(s, b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+            allowed = (start + columns < Skv)[None, :]
+            if MASK is not None:
+                allowed = allowed & MASK(b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+            p = tl.exp2((x - lse[:, None]) * LOG2E)
+            total += tl.sum(tl.where(allowed, p, 0.0), 1)
+        norm = tl.where(huge, tl.log2(total), 0.0)
+    tl.store(Norm + rows, norm, mask=inside)
+
+
+# --- dk, dv -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dkdv_tile(  # type: ignore[no-untyped-def]
+    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, kv_first, b, h, Sq, Skv,
+    ptrs, nums, seed, bh, threshold, drop_scale,
+    SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BM queries into dk [BN, D_PAD] and dv [BN, DV_PAD]; scores lie as [kv, q]."""
+    start = tl.to_tensor(start)
+    local = tl.arange(0, BM)
+    offset = start.to(tl.int64) * 8
+    q = load_rows(q_base + offset * sqs, local, sqs, Sq - start, D, D_PAD, CHECK)  # [BM, D_PAD]
+    rows = start + local
+    if CHECK:
+        # With lse = +∞ the weights of rows past the end vanish.
+        lse = tl.load(lse_base + rows, mask=rows < Sq, other=float("inf"))
+        delta = tl.load(delta_base + rows, mask=rows < Sq, other=0.0)
+    else:
+        lse = tl.load(lse_base + rows)
+        delta = tl.load(delta_base + rows)
+    norm = lse
+    if not FOLDED:
+        norm = tl.load(norm_base + rows, mask=rows < Sq, other=0.0)
+    if CHECK:
+        rows = tl.minimum(rows, Sq - 1)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
+    if SCALE is not None:
+        x = s * SCALE
+    else:
+        x = SCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
+    p = _weights(x, lse[None, :], norm[None, :], FOLDED)
+    if MASK is not None:
+        allowed = MASK(b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
+        p = tl.where(allowed, p, 0.0)
+    do = load_rows(do_base + offset * sgs, local, sgs, Sq - start, DV, DV_PAD, CHECK)  # [BM, DV_PAD]
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
+    if DROPOUT:
+        keep = tl.trans(keep_draw(seed, bh, rows, kv_first, BM, BN)) >= threshold
+        dv = tl.dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.where(keep, dp * drop_scale, 0.0)
+    else:
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
+    if DSCORE is not None:
+        ds = ds * DSCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
+        if MASK is not None:
+            ds = tl.where(allowed, ds, 0.0)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(
+    do_not_specialize=[
+        "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
+        "sdkb", "sdkh", "sdks", "sdvb", "sdvh", "sdvs", "extra_b", "extra_h", "extra_s",
+        "H", "GROUP", "Sq", "Skv", "map_b", "map_h", "row", "threshold", "drop_scale", "dscale",
+    ]
+)  # fmt: skip
+def backward_dkdv(  # type: ignore[no-untyped-def]
+    Q, K, V, DOut, DK, DV_, Lse, Delta, Norm, Extra, Map, Seed, ptrs, nums,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
+    extra_b, extra_h, extra_s, H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
+    SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program per (b, kv head, tile of BN keys); ``Map`` is the q_map.
+
+    ``Extra`` [B, H_kv, Skv, DV] float32 (strides in elements) is added to dv.
+    """
+    tiles = (Skv + BN - 1) // BN
+    plane = tl.program_id(0) // tiles
+    # First keys first: under a causal mask they are seen by the most queries.
+    first = tl.program_id(0) % tiles * BN
+    kv_heads = H // GROUP
+    b = plane // kv_heads
+    kvh = plane % kv_heads
+    b64, kvh64, first64 = b.to(tl.int64) * 8, kvh.to(tl.int64) * 8, first.to(tl.int64) * 8
+    local = tl.arange(0, BN)
+    k = load_rows(K + b64 * skb + kvh64 * skh + first64 * sks, local, sks, Skv - first, D, D_PAD, not EVEN)
+    v = load_rows(V + b64 * svb + kvh64 * svh + first64 * svs, local, svs, Skv - first, DV, DV_PAD, not EVEN)
+    kv = tl.minimum(first + local, Skv - 1)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(Seed)
+    dk = tl.zeros([BN, D_PAD], tl.float32)
+    dv = tl.zeros([BN, DV_PAD], tl.float32)
+    for g in range(0, GROUP):
+        h = kvh * GROUP + g
+        bh = b * H + h
+        h64 = h.to(tl.int64) * 8
+        q_base = Q + b64 * sqb + h64 * sqh
+        do_base = DOut + b64 * sgb + h64 * sgh
+        lse_base = Lse + bh.to(tl.int64) * Sq
+        delta_base = Delta + bh.to(tl.int64) * Sq
+        norm_base = lse_base
+        if not FOLDED:
+            norm_base = Norm + bh.to(tl.int64) * Sq
+        if MASK is not None:
+            Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
+            partial = tl.load(Row)
+            num_tiles = partial * (BLOCK // BM)
+            start = tile_start(Row + 2, 0, num_tiles, BM, BLOCK)
+            for i in range(0, num_tiles):
+                dk, dv = _dkdv_tile(
+                    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
+                    Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, SCALE, FOLDED,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
+                )  # fmt: skip
+                start = tile_start(Row + 2, i + 1, num_tiles, BM, BLOCK)
+            num_tiles = tl.load(Row + 1) * (BLOCK // BM)
+            start = tile_start(Row + 2 + partial, 0, num_tiles, BM, BLOCK)
+            for i in range(0, num_tiles):
+                dk, dv = _dkdv_tile(
+                    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
+                    Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
+                )  # fmt: skip
+                start = tile_start(Row + 2 + partial, i + 1, num_tiles, BM, BLOCK)
+        else:
+            for start in range(0, Sq, BM):
+                dk, dv = _dkdv_tile(
+                    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
+                    Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
+                )  # fmt: skip
+    dk = dk * dscale
+    if DROPOUT:
+        dv = dv * drop_scale
+    d = tl.arange(0, DV_PAD)
+    inside = (local < Skv - first)[:, None]
+    in_v = inside & (d < DV)[None, :]
+    if Extra is not None:
+        rows = (first + local).to(tl.int64)[:, None] * extra_s
+        extra = Extra + b.to(tl.int64) * extra_b + kvh.to(tl.int64) * extra_h + rows + d[None, :]
+        dv += tl.load(extra, mask=in_v, other=0.0)
+    dv_base = DV_ + b64 * sdvb + kvh64 * sdvh + first64 * sdvs
+    tl.store(dv_base + local[:, None] * (sdvs * 8) + d[None, :], dv.to(DV_.dtype.element_ty), mask=in_v)
+    d = tl.arange(0, D_PAD)
+    dk_base = DK + b64 * sdkb + kvh64 * sdkh + first64 * sdks
+    dk_ptrs = dk_base + local[:, None] * (sdks * 8) + d[None, :]
+    tl.store(dk_ptrs, dk.to(DK.dtype.element_ty), mask=inside & (d < D)[None, :])
+
+
+# --- dq and captures --------------------------------------------------------------------------
+
+
+@triton.jit
+def _dq_tile(  # type: ignore[no-untyped-def]
+    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, rows, b, h, Sq, Skv,
+    ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+    SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BN keys into dq [BM, D_PAD], and into the captures' gradients."""
+    start = tl.to_tensor(start)
+    offset = start.to(tl.int64) * 8
+    columns = tl.arange(0, BN)
+    k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, CHECK)  # [BN, D_PAD]
+    v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
+    kv = start + columns
+    inside = (kv < Skv)[None, :]
+    if CHECK:
+        kv = tl.minimum(kv, Skv - 1)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    if SCALE is not None:
+        x = s * SCALE
+    else:
+        x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+    p = _weights(x, lse[:, None], norm[:, None], FOLDED)
+    if MASK is not None:
+        allowed = MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+        if CHECK:
+            allowed = allowed & inside
+        p = tl.where(allowed, p, 0.0)
+    elif CHECK:
+        p = tl.where(inside, p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+    if DROPOUT:
+        dp = tl.where(keep_draw(seed, bh, rows, start, BM, BN) >= threshold, dp * drop_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    if ACCUMULATE is not None:
+        ACCUMULATE(ds, s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums, gptrs, gnums)
+    if DSCORE is not None:
+        ds = ds * DSCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+        if MASK is not None:
+            ds = tl.where(allowed, ds, 0.0)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "nums", "gnums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
+        "sdqb", "sdqh", "sdqs", "H", "GROUP", "Sq", "Skv", "map_b", "map_h", "row", "threshold", "drop_scale",
+        "dscale",
+    ]
+)  # fmt: skip
+def backward_dq(  # type: ignore[no-untyped-def]
+    Q, K, V, DOut, DQ, Lse, Delta, Norm, Map, Seed, ptrs, nums, gptrs, gnums,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdqb, sdqh, sdqs,
+    H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
+    SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program per (b, h, tile of BM rows); ``Map`` is the kv_map."""
+    tiles = (Sq + BM - 1) // BM
+    bh = tl.program_id(0) // tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    b = bh // H
+    h = bh % H
+    kvh = h // GROUP
+    first = tile * BM
+    b64, h64, kvh64, first64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8, kvh.to(tl.int64) * 8, first.to(tl.int64) * 8
+    local = tl.arange(0, BM)
+    q = load_rows(Q + b64 * sqb + h64 * sqh + first64 * sqs, local, sqs, Sq - first, D, D_PAD, not EVEN)
+    do = load_rows(DOut + b64 * sgb + h64 * sgh + first64 * sgs, local, sgs, Sq - first, DV, DV_PAD, not EVEN)
+    k_base = K + b64 * skb + kvh64 * skh
+    v_base = V + b64 * svb + kvh64 * svh
+    in_range = local < Sq - first
+    at = bh.to(tl.int64) * Sq + first + local
+    lse = tl.load(Lse + at, mask=in_range, other=float("inf"))
+    delta = tl.load(Delta + at, mask=in_range, other=0.0)
+    norm = lse
+    if not FOLDED:
+        norm = tl.load(Norm + at, mask=in_range, other=0.0)
+    rows = tl.minimum(first + local, Sq - 1)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(Seed)
+    dq = tl.zeros([BM, D_PAD], tl.float32)
+    if MASK is not None:
+        Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
+        partial = tl.load(Row)
+        num_tiles = partial * (BLOCK // BN)
+        start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
+        for i in range(0, num_tiles):
+            dq = _dq_tile(
+                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
+                gnums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, ACCUMULATE, SCALE, FOLDED,
+                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
+            )  # fmt: skip
+            start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
+        num_tiles = tl.load(Row + 1) * (BLOCK // BN)
+        start = tile_start(Row + 2 + partial, 0, num_tiles, BN, BLOCK)
+        for i in range(0, num_tiles):
+            dq = _dq_tile(
+                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
+                gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
+                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
+            )  # fmt: skip
+            start = tile_start(Row + 2 + partial, i + 1, num_tiles, BN, BLOCK)
+    else:
+        whole = Skv // BN * BN
+        for start in range(0, whole, BN):
+            dq = _dq_tile(
+                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
+                gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
+                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
+            )  # fmt: skip
+        if not EVEN:
+            if whole < Skv:
+                dq = _dq_tile(
+                    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, rows, b, h, Sq, Skv, ptrs, nums,
+                    gptrs, gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True, PRECISION,
+                )  # fmt: skip
+    dq = dq * dscale
+    d = tl.arange(0, D_PAD)
+    dq_ptrs = DQ + b64 * sdqb + h64 * sdqh + first64 * sdqs + local[:, None] * (sdqs * 8) + d[None, :]
+    tl.store(dq_ptrs, dq.to(DQ.dtype.element_ty), mask=in_range[:, None] & (d < D)[None, :])

@@ -1,0 +1,407 @@
+"""Score programs to Triton functions.
+
+A generated function receives the score, the indices, the lengths and two tuples: ``ptrs``, one
+pointer per capture, and ``nums``, the captures' strides that the signature does not know followed by
+the named integers.  Names are canonical (captures by position), so sites that differ only in names
+or sizes share one compiled kernel.  Indices given to a function must lie inside the sizes; the
+kernels clamp them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import linecache
+import math
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashfuse.kernels.derivative import derivative
+from flashfuse.kernels.expr import (
+    COMPARISONS,
+    UNARY,
+    ZERO,
+    Expr,
+    S,
+    const,
+    contains,
+    is_bool,
+    mul,
+    variables,
+    walk,
+)
+from flashfuse.kernels.spec import ScoreProgram
+
+LOG2E = 1 / math.log(2)
+_FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+_FLOAT32_TINY = float(torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True)
+class CaptureType:
+    """What the generated code knows of a capture.
+
+    ``strides`` holds per dimension ``"0"``, ``"1"``, ``"8"`` (a multiple of 8, passed divided by 8) or
+    ``"n"``; the last two are run-time numbers.  ``wide``: offsets need int64.
+    """
+
+    kind: str
+    strides: str
+    wide: bool
+
+    @property
+    def num_count(self) -> int:
+        return sum(code in "8n" for code in self.strides)
+
+
+def capture_type(t: Tensor) -> tuple[CaptureType, tuple[int, ...]]:
+    """The type of ``t`` and the strides to pass at run time."""
+    kind = "bool" if t.dtype == torch.bool else "float" if t.is_floating_point() else "int"
+    codes, numbers, extent = "", [], 0
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        if size == 1:
+            stride = 0
+        extent += max(size - 1, 0) * stride
+        if stride in (0, 1):
+            codes += str(stride)
+        elif stride % 8 == 0:
+            codes += "8"
+            numbers.append(stride // 8)
+        else:
+            codes += "n"
+            numbers.append(stride)
+    return CaptureType(kind, codes, extent >= 2**31), tuple(numbers)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The jit functions of one program.
+
+    Attributes:
+        score: the score in natural units, or times log2(e) where ``folded``.
+        scale: c where the score is exactly ``s*c`` with c > 0, so that no score code is needed.
+        dscale: the derivative of the score by ``s`` where it is constant; else ``dscore`` is set.
+        accumulate: adds the gradients of the wanted captures into their float32 buffers.
+    """
+
+    score: Any
+    mask: Any
+    dscore: Any
+    accumulate: Any
+    scale: float | None
+    dscale: float | None
+    folded: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def generate(
+    program: ScoreProgram, captures: tuple[CaptureType, ...], grads: tuple[tuple[int, CaptureType], ...] = ()
+) -> Generated:
+    """The functions of ``program`` over captures of these types.
+
+    ``grads`` lists the captures whose gradient is wanted, with the types of their buffers.
+    """
+    names = Names(program, captures)
+    score, mask = program.score, program.mask
+    scale = _plain_scale(score)
+    folded = scale is not None or is_moderate(score, names.kinds)
+    slope = derivative(score, S)
+    dscale = float(slope.value) if slope.is_const else None
+    functions = [_score_function(mul(score, const(LOG2E)) if folded else score, names)]
+    functions.append(_function("mask_mod", mask, names) if mask is not None else "")
+    functions.append(_function("dscore_mod", slope, names) if dscale is None else "")
+    functions.append(_accumulate_function(program, grads, names) if grads else "")
+    module = load_module("\n\n".join(f for f in functions if f))
+    return Generated(
+        score=module.score_mod,
+        mask=getattr(module, "mask_mod", None),
+        dscore=getattr(module, "dscore_mod", None),
+        accumulate=getattr(module, "accumulate", None),
+        scale=scale,
+        dscale=dscale,
+        folded=folded,
+    )
+
+
+def _plain_scale(score: Expr) -> float | None:
+    slope = derivative(score, S)
+    if slope.is_const and slope.value > 0 and score == mul(S, slope):
+        return float(slope.value)
+    return None
+
+
+def is_moderate(score: Expr, kinds: Mapping[str, str]) -> bool:
+    """True where the score stays far from overflow for moderate ``s``, so that a factor can be folded in.
+
+    A loaded bias may hold −inf or the finite minimum, whose product with log2(e) overflows.
+    """
+    for node in walk(score):
+        if node.op == "const" and not abs(node.value) < 1e30:
+            return False
+        if node.op == "load" and kinds[node.args[0]] == "float":
+            return False
+        if node.op in ("/", "exp", "log", "sqrt"):
+            return False
+    return True
+
+
+# --- functions --------------------------------------------------------------------------------
+
+_PARAMETERS = "b, h, q, kv, Sq, Skv, ptrs, nums"
+_PREAMBLE = """\
+import triton
+import triton.language as tl
+
+from flashfuse.kernels.device_math import (
+    block_max, block_min, floordiv_float, floordiv_int, mod_float, mod_int, sigmoid, tanh, widened
+)
+
+
+"""
+
+
+class Names:
+    """Where the captures and integers of a program lie in ``ptrs`` and ``nums``."""
+
+    def __init__(self, program: ScoreProgram, captures: Sequence[CaptureType]) -> None:
+        self.types = dict(zip(program.captures, captures, strict=True))
+        self.pointer = {name: f"ptrs[{i}]" for i, name in enumerate(self.types)}
+        self.strides: dict[str, list[str]] = {}
+        position = 0
+        for name, kind in self.types.items():
+            self.strides[name], position = stride_texts(kind, position)
+        self.ints = {name: f"nums[{position + i}]" for i, name in enumerate(program.ints)}
+        self.kinds = {name: kind.kind for name, kind in self.types.items()}
+        self.kinds.update(dict.fromkeys(self.ints, "int"))
+
+
+def stride_texts(kind: CaptureType, position: int, source: str = "nums") -> tuple[list[str], int]:
+    texts = []
+    for code in kind.strides:
+        if code in "01":
+            texts.append(code)
+            continue
+        texts.append(f"{source}[{position}]" + (" * 8" if code == "8" else ""))
+        position += 1
+    return texts, position
+
+
+def _score_function(score: Expr, names: Names) -> str:
+    text = _function("score_mod", score, names)
+    if contains(score, S):
+        return text
+    # A score without the product still fills its tile.
+    head, _, value = text.rpartition("return ")
+    return f"{head}return tl.zeros_like(s) + ({value.strip()})\n"
+
+
+def _function(name: str, body: Expr, names: Names) -> str:
+    printer = Printer(names)
+    value = printer.as_kind(body, "bool" if name == "mask_mod" else "float")
+    if name == "mask_mod" and body.is_const:
+        value = f"kv {'>=' if body.value else '<'} 0"
+    parameters = _PARAMETERS if name == "mask_mod" else f"s, {_PARAMETERS}"
+    return render(name, parameters, [*printer.lines, f"return {value}"])
+
+
+def render(name: str, parameters: str, lines: Sequence[str]) -> str:
+    body = "\n".join(f"    {line}" for line in lines)
+    return f"@triton.jit\ndef {name}({parameters}):\n{body}\n"
+
+
+def _accumulate_function(
+    program: ScoreProgram, grads: Sequence[tuple[int, CaptureType]], names: Names
+) -> str:
+    """Adds ``g · d score / d load`` of a [q, kv] tile at every load of the wanted captures.
+
+    ``g`` is dL/dscore, zero where a key is not allowed or out of range.  Axes that the index does
+    not depend on are summed in registers first.
+    """
+    printer = Printer(names)
+    position = 0
+    for slot, (index, buffer) in enumerate(grads):
+        capture = program.captures[index]
+        strides, position = stride_texts(buffer, position, "gnums")
+        for node in walk(program.score):
+            if node.op != "load" or node.args[0] != capture:
+                continue
+            value = f"g * {printer.as_kind(derivative(program.score, node), 'float')}"
+            offset = printer.offset(node.operands, strides, buffer.wide)
+            used = set().union(*(variables(i) for i in node.operands))
+            v = printer.emit(value)
+            if "kv" not in used and "q" not in used:
+                v = printer.emit(f"tl.sum(tl.sum({v}, 1), 0)")
+                mask = ""
+            else:
+                if "kv" not in used:
+                    v = printer.emit(f"tl.sum({v}, 1)[:, None]")
+                elif "q" not in used:
+                    v = printer.emit(f"tl.sum({v}, 0)[None, :]")
+                offset = f"{offset} + tl.zeros_like({v}).to(tl.int32)"
+                mask = f", mask={v} != 0"
+            printer.lines.append(f'tl.atomic_add(gptrs[{slot}] + ({offset}), {v}{mask}, sem="relaxed")')
+    return render("accumulate", f"g, s, {_PARAMETERS}, gptrs, gnums", printer.lines or ["pass"])
+
+
+# --- expressions ------------------------------------------------------------------------------
+
+
+def kind_of(e: Expr, kinds: Mapping[str, str]) -> str:
+    """``bool``, ``int`` or ``float``: the type in which the kernel computes ``e``."""
+    op = e.op
+    if op == "const":
+        return "bool" if isinstance(e.value, bool) else "int" if isinstance(e.value, int) else "float"
+    if op == "var":
+        return "float" if e == S else kinds.get(e.args[0], "int")
+    if op == "load":
+        return kinds[e.args[0]]
+    if op in COMPARISONS or op in ("and", "or", "not"):
+        return "bool"
+    if op == "/" or (op in UNARY and op != "abs"):
+        return "float"
+    operands = e.operands[1:] if op == "where" else e.operands
+    found = {kind_of(a, kinds) for a in operands}
+    if "float" in found:
+        return "float"
+    return "bool" if found == {"bool"} and op == "where" else "int"
+
+
+def literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        # Arithmetic is float32: beyond its range a constant is infinite or zero.
+        if math.isnan(value):
+            return "float('nan')"
+        if abs(value) > _FLOAT32_MAX:
+            return "float('inf')" if value > 0 else "float('-inf')"
+        if abs(value) < _FLOAT32_TINY:
+            return "0.0"
+    text = repr(value)
+    return f"({text})" if value < 0 else text
+
+
+class Printer:
+    """Writes an expression as Triton statements, one per distinct node."""
+
+    def __init__(self, names: Names, variables: Mapping[str, str] | None = None) -> None:
+        self.names = names
+        self.variables = dict(variables or {})
+        self.lines: list[str] = []
+        self._memo: dict[Expr, str] = {}
+        self._count = 0
+
+    def emit(self, text: str) -> str:
+        name = f"t{self._count}"
+        self._count += 1
+        self.lines.append(f"{name} = {text}")
+        return name
+
+    def as_kind(self, e: Expr, kind: str) -> str:
+        """The text of ``e`` computed as ``kind``."""
+        own = kind_of(e, self.names.kinds)
+        if e.is_const:
+            cast = {"bool": bool, "int": int, "float": float}[kind if own != "float" or kind == "bool" else "float"]
+            return literal(cast(e.value))
+        text = self.text(e)
+        if own == kind:
+            return text
+        if kind == "bool":
+            return f"({text} != 0)"
+        if kind == "float":
+            return f"{text}.to(tl.float32)"
+        return f"{text}.to(tl.int32)" if own == "bool" else text
+
+    def text(self, e: Expr) -> str:
+        if e.is_const:
+            return literal(e.value)
+        if e.op == "var":
+            name = e.args[0]
+            return self.variables.get(name) or self.names.ints.get(name, name)
+        if e not in self._memo:
+            self._memo[e] = self.emit(self._compute(e))
+        return self._memo[e]
+
+    def offset(self, indices: Sequence[Expr], strides: Sequence[str], wide: bool) -> str:
+        terms = []
+        for index, stride in zip(indices, strides, strict=True):
+            if stride == "0" or index == ZERO:
+                continue
+            text = self.as_kind(index, "int")
+            if kind_of(index, self.names.kinds) == "float":
+                text = f"{text}.to(tl.int32)"
+            if wide and not index.is_const:
+                text = f"{text}.to(tl.int64)"
+            terms.append(text if stride == "1" else f"{text} * {stride}")
+        return " + ".join(terms) or "0"
+
+    def _compute(self, e: Expr) -> str:
+        op, args = e.op, e.args
+        kind = kind_of(e, self.names.kinds)
+        if op == "load":
+            return self._load(e)
+        if op in COMPARISONS:
+            operand_kind = "float" if "float" in {kind_of(a, self.names.kinds) for a in args} else "int"
+            return f"{self.as_kind(args[0], operand_kind)} {op} {self.as_kind(args[1], operand_kind)}"
+        if op in ("and", "or"):
+            return (" & " if op == "and" else " | ").join(f"({self.as_kind(a, 'bool')})" for a in args)
+        if op == "not":
+            return f"{self.as_kind(args[0], 'bool')} == 0"
+        if op == "where":
+            values = [self.as_kind(a, kind) for a in args[1:]]
+            return f"tl.where({self.as_kind(args[0], 'bool')}, {', '.join(values)})"
+        if op in UNARY:
+            value = self.as_kind(args[0], kind)
+            if op in ("tanh", "sigmoid"):
+                return f"{op}({value})"
+            return f"tl.{'sqrt_rn' if op == 'sqrt' else op}({value})"
+        values = [self.as_kind(a, kind) for a in args]
+        if op == "+":
+            return " + ".join(values)
+        if op == "*":
+            # A product of two run-time integers may be an index into more than 2^31 elements.
+            widen = kind == "int" and not args[0].is_const and not args[1].is_const
+            return f"{values[0]}.to(tl.int64) * {values[1]}" if widen else " * ".join(values)
+        if op == "/":
+            return " / ".join(values)
+        if op in ("//", "%"):
+            return f"{'floordiv' if op == '//' else 'mod'}_{kind}({values[0]}, {values[1]})"
+        assert op in ("min", "max")
+        nan = ", propagate_nan=tl.PropagateNan.ALL" if kind == "float" else ""
+        return f"tl.{op}imum({values[0]}, {values[1]}{nan})"
+
+    def _load(self, e: Expr) -> str:
+        name = e.args[0]
+        kind = self.names.types[name]
+        text = f"tl.load({self.names.pointer[name]} + ({self.offset(e.operands, self.names.strides[name], kind.wide)}))"
+        if kind.kind == "float":
+            return f"{text}.to(tl.float32)"
+        # Narrow integers would overflow in arithmetic.
+        return f"{text}.to(tl.int1)" if kind.kind == "bool" else f"widened({text})"
+
+
+# --- modules ----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def load_module(source: str) -> types.ModuleType:
+    """A module of jit functions with this source.
+
+    Triton reads the source of a function through ``linecache``, which serves it from memory.
+    """
+    source = _PREAMBLE + source
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    name = f"flashfuse.kernels.generated_{digest}"
+    filename = f"<{name}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    module = types.ModuleType(name)
+    module.__file__ = filename
+    sys.modules[name] = module
+    exec(compile(source, filename, "exec"), module.__dict__)
+    return module

@@ -1,0 +1,199 @@
+"""The forward kernel: online softmax over tiles (FlashAttention-2, Dao 2023, algorithm 1).
+
+For one tile of BM query rows, over tiles of BN keys, with x = score(q·k, …) in base-2 units:
+
+    m' = max(m, rowmax x)       p = 2^(x − m')       alpha = 2^(m − m')
+    l  = alpha l + rowsum p     acc = alpha acc + drop(p) v
+    out = acc / l               lse = ln 2 · m + ln l
+
+    q [B, H, Sq, D]   k [B, H_kv, Skv, D]   v [B, H_kv, Skv, DV]   out [B, H, Sq, DV]   lse [B, H, Sq]
+
+Strides along b, h and s come in units of 8 elements, which tells the compiler that rows are
+aligned; the innermost stride is 1.  ``Map`` is the kv_map of ``block_map``: partial blocks run the
+mask, full ones do not.  A row with no key (l = 0) is written as the mode DEAD asks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashfuse.kernels.device_math import LN2, LOG2E, keep_draw
+
+UNSPECIALIZED = [
+    "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sob", "soh", "sos",
+    "H", "GROUP", "Sq", "Skv", "map_b", "map_h", "row", "threshold", "drop_scale",
+]  # fmt: skip
+DEAD_ZERO, DEAD_NAN, DEAD_MEAN = 0, 1, 2
+
+
+@triton.jit
+def tile_start(Blocks, i, n, BN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First element of the i-th of n tiles of size BN in a list of blocks."""
+    RATIO: tl.constexpr = BLOCK // BN
+    block = tl.load(Blocks + i // RATIO, mask=i < n, other=0)
+    return block * BLOCK + (i % RATIO) * BN
+
+
+@triton.jit
+def load_rows(  # type: ignore[no-untyped-def]
+    base, rows, stride, size, D: tl.constexpr, D_PAD: tl.constexpr, CHECK: tl.constexpr
+):
+    """[ROWS, D_PAD] of a matrix [size, D] with row stride 8·stride; zero outside."""
+    d = tl.arange(0, D_PAD)
+    ptrs = base + rows[:, None] * (stride * 8) + d[None, :]
+    if CHECK and D < D_PAD:
+        return tl.load(ptrs, mask=(rows < size)[:, None] & (d < D)[None, :], other=0.0)
+    elif CHECK:
+        return tl.load(ptrs, mask=(rows < size)[:, None], other=0.0)
+    elif D < D_PAD:
+        return tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    acc, l, m, q, k_base, v_base, sks, svs, start, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh, threshold,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BN keys into acc [BM, DV_PAD], l [BM], m [BM]."""
+    start = tl.to_tensor(start)
+    offset = start.to(tl.int64) * 8
+    columns = tl.arange(0, BN)
+    k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, CHECK)  # [BN, D_PAD]
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    kv = start + columns
+    inside = (kv < Skv)[None, :]
+    if CHECK:
+        kv = tl.minimum(kv, Skv - 1)
+    if SCALE is None:
+        s = SCORE(s, b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+    if MASK is not None:
+        allowed = MASK(b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+        if CHECK:
+            allowed = allowed & inside
+        s = tl.where(allowed, s, float("-inf"))
+    elif CHECK:
+        s = tl.where(inside, s, float("-inf"))
+    if SCALE is not None:
+        m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
+        # While a row has seen no key, 0 stands for its maximum: −inf − (−inf) is not a number.
+        m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * SCALE - m_used[:, None])  # [BM, BN]
+        alpha = tl.exp2(m - m_used)
+    else:
+        m_new = tl.maximum(m, tl.max(s, 1))
+        m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
+        if FOLDED:
+            p = tl.exp2(s - m_used[:, None])
+            alpha = tl.exp2(m - m_used)
+        else:
+            # Scores may be huge (a loaded −3.4e38): subtract before changing the base.
+            p = tl.exp2((s - m_used[:, None]) * LOG2E)
+            alpha = tl.exp2((m - m_used) * LOG2E)
+    l = l * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    if DROPOUT:
+        draw = keep_draw(seed, bh, q_rows, start, BM, BN)
+        p = tl.where(draw >= threshold, p, 0.0)
+    v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, l, m_new
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_forward(  # type: ignore[no-untyped-def]
+    Q, K, V, Out, Lse, Map, Seed, DeadMean, ptrs, nums,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sob, soh, sos,
+    H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, DEAD: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program per (b, h, tile of BM rows).  SCALE is log2(e)·c where the score is s·c, else None.
+
+    DeadMean is the mean of v over kv, [B, H_kv, DV] float32, for DEAD_MEAN.
+    """
+    tiles = (Sq + BM - 1) // BM
+    bh = tl.program_id(0) // tiles
+    # Last rows first: under a causal mask they are the longest.
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    b = bh // H
+    h = bh % H
+    kvh = h // GROUP
+    b64, h64, kvh64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8, kvh.to(tl.int64) * 8
+    first = tile * BM
+    local = tl.arange(0, BM)
+    q_base = Q + b64 * sqb + h64 * sqh + first.to(tl.int64) * 8 * sqs
+    k_base = K + b64 * skb + kvh64 * skh
+    v_base = V + b64 * svb + kvh64 * svh
+    q = load_rows(q_base, local, sqs, Sq - first, D, D_PAD, not EVEN)  # [BM, D_PAD]
+    # Rows past the end repeat the last one, so that loads of captures stay inside; they are not stored.
+    q_rows = tl.minimum(first + local, Sq - 1)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(Seed)
+    acc = tl.zeros([BM, DV_PAD], tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+
+    if MASK is not None:
+        Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
+        partial = tl.load(Row)
+        num_tiles = partial * (BLOCK // BN)
+        start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
+        for i in range(0, num_tiles):
+            acc, l, m = _attend(
+                acc, l, m, q, k_base, v_base, sks, svs, start, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
+                threshold, SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
+            )  # fmt: skip
+            start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
+        num_tiles = tl.load(Row + 1) * (BLOCK // BN)
+        start = tile_start(Row + 2 + partial, 0, num_tiles, BN, BLOCK)
+        for i in range(0, num_tiles):
+            acc, l, m = _attend(
+                acc, l, m, q, k_base, v_base, sks, svs, start, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
+                threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
+            )  # fmt: skip
+            start = tile_start(Row + 2 + partial, i + 1, num_tiles, BN, BLOCK)
+    else:
+        whole = Skv // BN * BN
+        for start in range(0, whole, BN):
+            acc, l, m = _attend(
+                acc, l, m, q, k_base, v_base, sks, svs, start, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
+                threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
+            )  # fmt: skip
+        if not EVEN:
+            if whole < Skv:
+                acc, l, m = _attend(
+                    acc, l, m, q, k_base, v_base, sks, svs, whole, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
+                    threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True, PRECISION,
+                )  # fmt: skip
+
+    # Not m = −inf: a row of NaN scores is not dead.
+    dead = l == 0.0
+    l_used = tl.where(dead, 1.0, l)
+    factor = 1.0 / l_used
+    if DROPOUT:
+        factor = factor * drop_scale
+    acc = acc * factor[:, None]
+    d = tl.arange(0, DV_PAD)
+    if DEAD == 1:
+        acc = tl.where(dead[:, None], float("nan"), acc)
+    elif DEAD == 2:
+        mean = tl.load(DeadMean + (b.to(tl.int64) * (H // GROUP) + kvh) * DV + d, mask=d < DV, other=0.0)
+        acc = tl.where(dead[:, None], mean[None, :], acc)
+    if SCALE is not None or FOLDED:
+        lse = (m + tl.log2(l_used)) * LN2
+    else:
+        lse = m + tl.log2(l_used) * LN2
+    lse = tl.where(dead, float("-inf"), lse)
+    in_range = local < Sq - first
+    tl.store(Lse + bh.to(tl.int64) * Sq + first + local, lse, mask=in_range)
+    o_base = Out + b64 * sob + h64 * soh + first.to(tl.int64) * 8 * sos
+    o_ptrs = o_base + local[:, None] * (sos * 8) + d[None, :]
+    tl.store(o_ptrs, acc.to(Out.dtype.element_ty), mask=in_range[:, None] & (d < DV)[None, :])
