@@ -1,1 +1,49 @@
-"""FlashFuse."""
+"""FlashFuse: fused, block-sparse attention in unmodified PyTorch models, found and checked.
+
+``torch.compile(model, backend="flashfuse")`` needs no import of this package.  The names below load
+on first use, so that importing it costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashfuse.api import explain, rewrite, verify
+    from flashfuse.backend import FlashFuseWarning, clear_reports, last_report, reports
+    from flashfuse.report import Report
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "explain": "api",
+    "rewrite": "api",
+    "verify": "api",
+    "FlashFuseWarning": "backend",
+    "clear_reports": "backend",
+    "last_report": "backend",
+    "reports": "backend",
+    "Report": "report",
+}
+
+__all__ = [
+    "FlashFuseWarning",
+    "Report",
+    "clear_reports",
+    "explain",
+    "last_report",
+    "reports",
+    "rewrite",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"flashfuse.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'flashfuse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

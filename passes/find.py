@@ -7,7 +7,8 @@ of q and k in it.  Layout and axes follow from the indices; no spelling is assum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,14 @@ class AttentionRegion:
     """Other nodes that the lift looked through; removed where nothing else needs them."""
     notes: tuple[str, ...]
     source: str
+
+    def mapped(self, mapping: Mapping[fx.Node, fx.Node]) -> AttentionRegion:
+        """The same site over the nodes of another graph that hold the same values."""
+        moved = {
+            name: Operand(mapping[getattr(self, name).node], getattr(self, name).index) for name in ("q", "k", "v")
+        }
+        captures = {name: mapping[self.scope.captures[name]] for name in self.program.captures}
+        return dataclasses.replace(self, scope=dataclasses.replace(self.scope, captures=captures), **moved)
 
 
 @dataclass(frozen=True)
@@ -367,7 +376,7 @@ class WeightedSum(Candidate):
                 node = op.input
                 continue
             if op.name in ("dropout", "native_dropout"):
-                p = op.get("p", 0.5)
+                p = nodes.constant(op.get("p", 0.5))
                 if op.get("training", True) and p != 0:
                     if dropout_p:
                         raise Refused(Reason("two_dropouts", "the weights are dropped out twice"))
@@ -412,19 +421,14 @@ class SdpaCall(Candidate):
         rank = len(sizes)
         k_sizes = shape(k)
         plain = _frame(sizes, rank - 2, rank - 1, None, k_sizes[-2])
-        scale, dropout_p = args.get("scale"), args.get("dropout_p") or 0.0
+        scale, dropout_p = nodes.constant(args.get("scale")), nodes.constant(args.get("dropout_p") or 0.0)
         if scale is None:
             if not isinstance(shape(q)[-1], int):
                 raise Refused(Reason("head_dim", "the head dimension is dynamic"))
             scale = float(shape(q)[-1]) ** -0.5
-        lift = plain.lift
-        try:
-            scale_value = lift.number(scale)
-        except NotLiftable as stop:
-            raise Refused(Reason("sdpa_arguments", f"scale is {stop}")) from None
-        if not scale_value.is_const or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
+        if not isinstance(scale, (int, float)) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
             raise Refused(Reason("sdpa_arguments", f"scale={scale!r}, dropout_p={dropout_p!r}"))
-        batch = tuple(plain.out_index[:-2])
+        lift, batch = plain.lift, tuple(plain.out_index[:-2])
 
         def lead(t: fx.Node) -> Index:
             """Batch indices of ``t``: broadcast, and divided by the group under ``enable_gqa``."""
@@ -443,7 +447,7 @@ class SdpaCall(Candidate):
             return tuple(out)
 
         lift.opaque = memory.opaque
-        score = E.mul(S, const(float(scale_value.value)))
+        score = E.mul(S, const(float(scale)))
         mask = args.get("attn_mask")
         try:
             if isinstance(mask, fx.Node):
@@ -640,12 +644,12 @@ def _is_view(operand: Operand, lift: Lift) -> bool:
         elif e.op == "//" and e.args[0] == H and isinstance(n, int):
             if not same(n * e.args[1].value, lift.bounds["h"]):
                 return False
-        elif not (_folded(e) is not None and same(n, lift.bounds["b"] * lift.bounds["h"])):
+        elif not (folded_heads_of(e) is not None and same(n, lift.bounds["b"] * lift.bounds["h"])):
             return False
     return True
 
 
-def _folded(e: Expr) -> int | None:
+def folded_heads_of(e: Expr) -> int | None:
     """``heads`` where ``e`` is ``b·heads + h``."""
     for part in e.operands if e.op == "+" else ():
         if part.op == "*" and part.args[0] == B and part.args[1].is_const and e == E.add(part, H):
@@ -680,19 +684,31 @@ def _folded_heads(region: AttentionRegion) -> int | None:
 def _shape(frame: Frame, q: Operand, k: Operand, v: Operand, lift: Lift, node: fx.Node) -> AttentionShape:
     def heads(operand: Operand) -> Size:
         for e, n in zip(operand.index, shape(operand.node), strict=True):
-            if e == H or e.op == "//" or _folded(e) is not None:
-                return n if _folded(e) is None else frame.heads
+            if e == H or e.op == "//" or folded_heads_of(e) is not None:
+                return n if folded_heads_of(e) is None else frame.heads
         return 1
 
     def column(operand: Operand) -> Size:
         return next(n for e, n in zip(operand.index, shape(operand.node), strict=True) if e == SUMMED)
 
-    dtype = nodes.value(node).dtype
     # k and v may be shared by different numbers of heads; the larger is kept for both.
     return AttentionShape(
         frame.batch, frame.heads, heads(k) if same(heads(k), heads(v)) else frame.heads,
-        lift.bounds["q"], lift.bounds["kv"], column(q), column(v), dtype,
+        lift.bounds["q"], lift.bounds["kv"], column(q), column(v), _compute_dtype(node, q, k, v),
     )  # fmt: skip
+
+
+def _compute_dtype(node: fx.Node, *operands: Operand) -> torch.dtype:
+    """The dtype of the two products: autocast's where it was on, else the widest of q, k and v."""
+    out = nodes.value(node).dtype
+    dtypes = [nodes.value(o.node).dtype for o in operands]
+    product_inputs = [nodes.value(n).dtype for n in node.all_input_nodes[:3] if nodes.tensor(n) is not None]
+    if out not in product_inputs:
+        return out
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return widest
 
 
 def _unreached(graph: fx.Graph, live: set[fx.Node], claimed: set[fx.Node]) -> Iterator[NearMiss]:

@@ -154,14 +154,11 @@ class Lift:
     def number(self, x: Any) -> Expr:
         """A literal, or an integer of the graph."""
         if isinstance(x, fx.Node):
-            example = nodes.value(x)
+            example = nodes.constant(x)
             if isinstance(example, (bool, int, float)):
                 return const(example)
             if isinstance(example, torch.SymInt):
                 return self.size(size_of(example))
-            if isinstance(example, torch.SymFloat):
-                # A float attribute that Dynamo made symbolic under dynamic=True; reading it guards on it.
-                return const(float(example))
             raise NotLiftable(f"the value of `{x.name}` is not known")
         if isinstance(x, torch.SymInt):
             return self.size(size_of(x))

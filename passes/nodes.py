@@ -26,6 +26,15 @@ def value(node: Any) -> Any:
     return None
 
 
+def constant(x: Any) -> Any:
+    """A float argument as a plain number.
+
+    Dynamo makes float attributes symbolic under ``dynamic=True``; reading one adds a guard on it.
+    """
+    example = value(x)
+    return float(example) if isinstance(example, torch.SymFloat) else example
+
+
 def tensor(node: Any) -> torch.Tensor | None:
     """The example tensor of a node, or ``None`` where it is no dense tensor."""
     example = value(node)

@@ -1,0 +1,60 @@
+"""The options of the backend, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Verify = Literal["off", "full"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(model, backend="flashfuse", options=..., mode=...)`` takes.
+
+    Attributes:
+        inner: the backend that compiles the rewritten graph: ``inductor``, ``aot_eager``, ``eager``,
+            or any name that ``torch._dynamo.list_backends`` knows.
+        verify: ``full`` compares every site with the original on the real kernels when the graph is
+            compiled, and leaves those that differ; ``off`` does not.
+        mode: Inductor's ``mode``.
+        inductor: options passed on to Inductor.
+    """
+
+    inner: Any = "inductor"
+    verify: Verify = "off"
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def read(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Check the user's ``options``.
+
+        Raises:
+            ValueError: an unknown option or value; the message lists what is known.
+        """
+        rest = dict(options or {})
+        inner = rest.pop("inner", "inductor")
+        verify = rest.pop("verify", "off")
+        if verify not in get_args(Verify):
+            raise ValueError(f"expected verify to be one of {', '.join(get_args(Verify))}, got {verify!r}")
+        if isinstance(inner, str):
+            import torch._dynamo
+
+            known = sorted(set(torch._dynamo.list_backends(exclude_tags=())) - {"flashfuse"})
+            if inner not in known:
+                raise ValueError(f"expected inner to be one of {', '.join(known)}, got {inner!r}")
+        elif not callable(inner):
+            raise ValueError(f"expected inner to be the name of a backend or a callable, got {inner!r}")
+        if rest and inner != "inductor":
+            raise ValueError(f"unknown option {next(iter(rest))!r}; expected inner or verify")
+        if rest:
+            from torch._inductor import config
+
+            unknown = [name for name in rest if name.replace("-", "_") not in config.shallow_copy_dict()]
+            if unknown:
+                raise ValueError(f"unknown option {unknown[0]!r}; expected inner, verify, or an option of Inductor")
+        if mode is not None and inner != "inductor":
+            raise ValueError(f"mode={mode!r} is Inductor's; the inner compiler is {inner!r}")
+        return Options(inner, verify, mode, rest)

@@ -1,0 +1,108 @@
+"""The pipeline, on one screen.
+
+``find_regions`` lifts and analyses every site, ``plan`` decides, ``rewrite`` emits, ``check_site``
+compares, and the report says what came of it.  Stages are plain functions of values; the input graph
+is never changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from flashfuse.options import Options
+from flashfuse.passes import nodes
+from flashfuse.passes.find import AttentionRegion, find_regions
+from flashfuse.passes.plan import Fuse, Left, SitePlan, plan
+from flashfuse.passes.rewrite import copy_graph_module, rewrite
+from flashfuse.report import Report, SiteCheck, SiteReport
+from flashfuse.checker import SiteChecker
+
+
+def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Report]:
+    """Rewrite ``gm``; returns the new module (``gm`` itself where nothing was fused) and the report.
+
+    Graphs inside the graph (activation checkpointing, autocast regions) are rewritten too.
+    """
+    started = time.perf_counter()
+    new = copy_graph_module(gm)
+    plans = plan(find_regions(new.graph))
+    checker = SiteChecker() if options.verify == "full" else None
+    checks: dict[str, SiteCheck] = {}
+    if checker is not None:
+        plans, checks = checker.check_all(plans)
+    plans = rewrite(new, plans)
+    sites = [site_report(p, checks.get(p.region.name if isinstance(p, Fuse) else p.site.name)) for p in plans]
+    changed = any(isinstance(p, Fuse) for p in plans)
+    for name, child in list(gm.named_children()):
+        if isinstance(child, fx.GraphModule):
+            new_child, inner = run(child, options)
+            sites += inner.sites
+            if new_child is not child:
+                setattr(new, name, new_child)
+                changed = True
+    report = Report(
+        sites=tuple(sites),
+        graph_name=type(gm).__name__,
+        num_nodes_before=len(gm.graph.nodes),
+        num_nodes_after=len(new.graph.nodes),
+        pass_ms=(time.perf_counter() - started) * 1e3,
+    )
+    return (new if changed else gm), report
+
+
+def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
+    """What the report says of one site."""
+    region = plan.region if isinstance(plan, Fuse) else plan.site
+    fused = isinstance(plan, Fuse)
+    reasons = () if isinstance(plan, Fuse) else plan.reasons
+    if not isinstance(region, AttentionRegion):
+        return SiteReport(region.name, "left", reasons, source=region.source)
+    refused = tuple(f"{name} not used: {r.message}" for name, r in plan.selection.refused) if isinstance(plan, Fuse) else ()
+    return SiteReport(
+        name=region.name,
+        status="fused" if fused else "left",
+        reasons=reasons,
+        program=region.program.text,
+        mask=str(region.program.mask) if region.program.mask is not None else "",
+        dead_rows=region.program.dead_rows,
+        shape=region.shape,
+        dropout_p=region.dropout_p,
+        gqa_group=region.shape.gqa_group,
+        source=region.source,
+        cost=plan.cost if isinstance(plan, Fuse) else None,
+        variant=plan.selection.variant.name if isinstance(plan, Fuse) else "",
+        notes=(*region.notes, *refused),
+        check=check,
+    )
+
+
+def with_example_values(gm: fx.GraphModule, example_args: Sequence[object]) -> fx.GraphModule:
+    """A copy of ``gm`` whose nodes know their shapes, from ``example_args`` where they do not."""
+    if all(nodes.value(n) is not None for n in gm.graph.nodes if n.op == "placeholder"):
+        return gm
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    copied = copy_graph_module(gm)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    FakeTensorProp(copied, mode).propagate(*example_args)
+    return copied
+
+
+def merged(reports: Sequence[Report], **fields: object) -> Report:
+    """One report of several graphs."""
+    return Report(
+        sites=tuple(site for r in reports for site in r.sites),
+        graph_name=", ".join(dict.fromkeys(r.graph_name for r in reports)),
+        num_nodes_before=sum(r.num_nodes_before for r in reports),
+        num_nodes_after=sum(r.num_nodes_after for r in reports),
+        warnings=tuple(w for r in reports for w in r.warnings),
+        pass_ms=sum(r.pass_ms for r in reports),
+        **fields,  # type: ignore[arg-type]
+    )
+
+

@@ -1,0 +1,113 @@
+"""Decide each site: which kernels run it, or why it is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashfuse.kernels import dispatch
+from flashfuse.kernels.spec import Reason
+from flashfuse.passes import nodes
+from flashfuse.passes.find import AttentionRegion, NearMiss
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work and memory traffic of one site, one forward pass.
+
+    Attributes:
+        flops: multiply-adds count twice; of the two products, without skipped blocks.
+        hbm_bytes_before: every tensor of the original site written once and read once.
+        hbm_bytes_after: q, k, v and the captures read once, out and lse written once.
+        density: fraction of the score matrix that the mask leaves; ``None`` if it is not known
+            before the captures are.
+    """
+
+    flops: Any
+    hbm_bytes_before: Any
+    hbm_bytes_after: Any
+    density: float | None = None
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Replace the site; ``selection`` says by which kernels."""
+
+    region: AttentionRegion
+    selection: dispatch.Selection
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Left:
+    """Leave the site as it is."""
+
+    site: AttentionRegion | NearMiss
+    reasons: tuple[Reason, ...]
+
+
+SitePlan = Fuse | Left
+
+
+def plan(sites: Iterable[AttentionRegion | NearMiss]) -> tuple[SitePlan, ...]:
+    """A decision for every site."""
+    return tuple(_plan(site) for site in sites)
+
+
+def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
+    if isinstance(site, NearMiss):
+        return Left(site, site.reasons)
+    device = nodes.value(site.output).device
+    devices = {nodes.value(n).device for n in (site.q.node, site.k.node, site.v.node, *_captured(site))}
+    if devices != {device}:
+        return Left(site, (Reason("device", f"the site mixes devices: {', '.join(sorted(map(str, devices)))}"),))
+    if any(size == 0 for size in (site.shape.batch, site.shape.num_q_heads, site.shape.q_len, site.shape.kv_len)):
+        return Left(site, (Reason("empty", f"a dimension is empty: {site.shape}"),))
+    rank = max((len(nodes.shape(n)) for n in _captured(site)), default=0)
+    if rank > 4:
+        return Left(site, (Reason("capture_rank", f"a captured tensor has {rank} dimensions, the kernels take 4"),))
+    selection = dispatch.select(site.shape, site.program, site.dropout_p, device)
+    if isinstance(selection, Reason):
+        return Left(site, (selection,))
+    return Fuse(site, selection, cost(site))
+
+
+def _captured(region: AttentionRegion) -> list[Any]:
+    return [region.scope.captures[name] for name in region.program.captures]
+
+
+def _nbytes(node: Any) -> Any:
+    example = nodes.tensor(node)
+    return 0 if example is None else nodes.product(nodes.shape(node)) * example.element_size()
+
+
+def cost(region: AttentionRegion) -> Cost:
+    """What the site costs before and after; symbolic under dynamic shapes."""
+    s = region.shape
+    once = sum(_nbytes(o.node) for o in (region.q, region.k, region.v)) + _nbytes(region.output)
+    scores = sum(2 * _nbytes(n) for n in {*region.interior, *region.masks} - {region.q.node, region.k.node, region.v.node})
+    lse = 4 * s.batch * s.num_q_heads * s.q_len
+    captured = sum(_nbytes(n) for n in dict.fromkeys(_captured(region)))
+    flops = 2 * s.batch * s.num_q_heads * s.q_len * s.kv_len * (s.head_dim + s.v_head_dim)
+    return Cost(flops, once + scores, once + lse + captured, density(region))
+
+
+def density(region: AttentionRegion) -> float | None:
+    """The fraction of scores that a mask without captures leaves, for one batch entry and head."""
+    from flashfuse.kernels.reference import environment, evaluate
+
+    s, mask = region.shape, region.program.mask
+    if mask is None:
+        return 1.0
+    sizes = (s.q_len, s.kv_len)
+    if region.program.mask_program.captures or region.program.mask_program.ints or not all(isinstance(n, int) for n in sizes):
+        return None
+    # A sample of rows is enough: closed-form masks change slowly from row to row.
+    step = max(1, s.q_len // 64)
+    env = environment(region.program.mask_program, (), (), (1, 1, 1, s.kv_len), "cpu")
+    env |= {"q": torch.arange(0, s.q_len, step).view(1, 1, -1, 1), "Sq": s.q_len}
+    allowed = torch.as_tensor(evaluate(mask, env)).expand(1, 1, -1, s.kv_len)
+    return float(allowed.double().mean())

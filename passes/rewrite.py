@@ -1,0 +1,264 @@
+"""Emit: put one operator in the place of each planned site, and leave every other node alone."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from flashfuse.kernels import expr as E
+from flashfuse.kernels import ops as _ops  # noqa: F401  (defines torch.ops.flashfuse)
+from flashfuse.kernels.expr import KV, B, Expr, H, Q, const
+from flashfuse.kernels.spec import Reason
+from flashfuse.passes import dialect, nodes
+from flashfuse.passes.find import AttentionRegion, Operand, folded_heads_of
+from flashfuse.passes.lift import SUMMED
+from flashfuse.passes.plan import Fuse, Left, SitePlan
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph can be changed; parameters and submodules are shared."""
+    graph = fx.Graph()
+    graph.set_codegen(gm.graph._codegen)
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, mapping)
+    if result is not None:
+        graph.output(result)
+        next(iter(reversed(graph.nodes))).meta = dict(next(iter(reversed(gm.graph.nodes))).meta)
+    copied = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    copied.meta = dict(gm.meta)
+    copied.train(gm.training)
+    return copied
+
+
+def rewrite(gm: fx.GraphModule, plans: Sequence[SitePlan]) -> tuple[SitePlan, ...]:
+    """Change ``gm`` (a copy that the plans were made on); returns what came of each plan.
+
+    A site whose replacement would not have the original's shape, dtype and device is left.
+    """
+    emitter = Emitter(gm.graph)
+    done: list[SitePlan] = []
+    for plan in plans:
+        done.append(emitter.replace(plan) if isinstance(plan, Fuse) else plan)
+    fused = [p.region for p in done if isinstance(p, Fuse)]
+    _erase_unused(gm.graph, {n for region in fused for n in (region.output, *region.interior, *region.masks)})
+    gm.graph.lint()
+    gm.recompile()
+    return tuple(done)
+
+
+def _erase_unused(graph: fx.Graph, candidates: set[fx.Node]) -> None:
+    """Remove what only the rewritten sites needed; nodes with effects stay."""
+    pending = sorted(candidates, key={n: i for i, n in enumerate(graph.nodes)}.__getitem__, reverse=True)
+    outside = {w for n in graph.nodes if n not in candidates for w in dialect.writes(n)}
+    for node in pending:
+        effect = [w for w in dialect.writes(node) if w not in candidates]
+        if not node.users and node.op not in ("placeholder", "output") and not effect and node not in outside:
+            graph.erase_node(node)
+
+
+@dataclass
+class Emitter:
+    """Adds nodes to a graph, with example values where the graph has them."""
+
+    graph: fx.Graph
+    maps: dict[Any, list[fx.Node]] = field(default_factory=dict)
+    _key: str = "val"
+    _template: dict[str, Any] = field(default_factory=dict)
+
+    # --- nodes ----------------------------------------------------------------------------------
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node with its example value."""
+        op = "call_method" if isinstance(target, str) else "call_function"
+        values = fx.map_arg((args, kwargs), nodes.value)
+        run = getattr(torch.Tensor, target) if isinstance(target, str) else target
+        with _fake_mode(values):
+            example = run(*values[0], **values[1])
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta = dict(self._template)
+        node.meta[self._key] = example
+        return node
+
+    def size(self, size: Any, holders: Iterable[tuple[fx.Node, int]]) -> Any:
+        """A size as a literal, an integer node of the graph, or the size of a tensor in ``holders``."""
+        if isinstance(size, int):
+            return size
+        for node in self.graph.nodes:
+            example = nodes.value(node)
+            if isinstance(example, torch.SymInt) and nodes.same(nodes.size_of(example), size):
+                if node.op == "placeholder":
+                    return node
+        for node, dim in holders:
+            if nodes.same(nodes.shape(node)[dim], size):
+                return self.call(torch.ops.aten.sym_size.int, node, dim)
+        raise NotEmittable(f"no tensor of the graph has the size {size}")
+
+    # --- sites ----------------------------------------------------------------------------------
+
+    def replace(self, plan: Fuse) -> SitePlan:
+        """Put the operator in the place of the site."""
+        region = plan.region
+        before = set(self.graph.nodes)
+        example = nodes.value(region.output)
+        self._key = "example_value" if "example_value" in region.output.meta else "val"
+        self._template = {
+            k: v for k, v in region.output.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")
+        }
+        try:
+            with self.graph.inserting_before(region.output):
+                out = self.site(region, plan.selection.variant.name, plan.selection.variant.needs_block_map)
+            made = nodes.value(out)
+            if (made.shape, made.dtype, made.device) != (example.shape, example.dtype, example.device):
+                raise NotEmittable(f"{made.shape} {made.dtype} instead of {example.shape} {example.dtype}")
+        except Exception as error:
+            # Whatever goes wrong here, the user's graph must stay as it was.
+            for node in reversed([n for n in self.graph.nodes if n not in before]):
+                self.graph.erase_node(node)
+            self.maps = {k: v for k, v in self.maps.items() if all(n in before for n in v)}
+            return Left(region, (Reason("emit", f"the replacement could not be built: {error}", region.source),))
+        region.output.replace_all_uses_with(out)
+        return plan
+
+    def site(self, region: AttentionRegion, variant: str, needs_block_map: bool) -> fx.Node:
+        """The operator call for ``region`` and what brings its inputs and output into order."""
+        s, program = region.shape, region.program
+        q = self.bhsd(region.q, Q, s.batch, s.num_q_heads, s.num_q_heads, s.dtype)
+        k = self.bhsd(region.k, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype)
+        v = self.bhsd(region.v, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype)
+        captures = [region.scope.captures[name] for name in program.captures]
+        holders = [(n, d) for n in (q, k, v, *captures) for d in range(len(nodes.shape(n)))]
+        ints = [self.size(region.scope.ints[name], holders) for name in program.ints]
+        maps: list[fx.Node] = []
+        if needs_block_map and program.mask is not None:
+            maps = self.block_map(region, q, k, holders)
+        seed = None
+        if region.dropout_p:
+            device = nodes.value(q).device
+            seed = self.call(torch.randint, 0, 2**62, (1,), dtype=torch.int64, device=device)
+        pair = self.call(
+            torch.ops.flashfuse.attention.default,
+            q, k, v, captures, ints, maps, seed, program.text, region.dropout_p, variant,
+        )  # fmt: skip
+        out = self.call(operator.getitem, pair, 0)
+        return self.restore(out, region)
+
+    def block_map(self, region: AttentionRegion, q: fx.Node, k: fx.Node, holders: Any) -> list[fx.Node]:
+        """The block map of the site's mask, made once for all sites that share it."""
+        mask = region.program.mask_program
+        captures = [region.scope.captures[name] for name in mask.captures]
+        s = region.shape
+        key = (mask.text, tuple(captures), s.batch, s.num_q_heads, s.q_len, s.kv_len)
+        if key not in self.maps:
+            ints = [self.size(region.scope.ints[name], holders) for name in mask.ints]
+            sizes = [self.size(n, holders) for n in (s.batch, s.num_q_heads, s.q_len, s.kv_len)]
+            pair = self.call(torch.ops.flashfuse.block_map.default, captures, ints, q, *sizes, mask.text)
+            self.maps[key] = [self.call(operator.getitem, pair, i) for i in (0, 1)]
+        return self.maps[key]
+
+    def bhsd(
+        self, operand: Operand, row: Expr, batch: Any, heads: Any, own_heads: Any, dtype: torch.dtype
+    ) -> fx.Node:
+        """A view of ``operand`` as [B, own_heads, S, D]; ``dtype`` where autocast would have cast."""
+        node, labels = operand.node, list(operand.index)
+        for dim, e in enumerate(labels):
+            count = folded_heads_of(e)
+            if count is not None:
+                node = self.call("unflatten", node, dim, (-1, count))
+                labels[dim : dim + 1] = [B, H]
+                break
+        for dim in reversed(range(len(labels))):
+            if labels[dim] == const(0):
+                node = self.call("select", node, dim, 0)
+                del labels[dim]
+        roles = [H if e.op == "//" else e for e in labels]
+        order = [role for role in (B, H, row, SUMMED) if role in roles]
+        permutation = [roles.index(role) for role in order]
+        if permutation != sorted(permutation):
+            node = self.call("permute", node, permutation)
+        for position, role in enumerate((B, H, row, SUMMED)):
+            if role not in order:
+                node = self.call("unsqueeze", node, position)
+        present = nodes.shape(node)
+        if not nodes.same(present[0], batch):
+            node = self.call("expand", node, self.size(batch, [(node, 0)]), -1, -1, -1)
+        if not nodes.same(present[1], own_heads):
+            node = self.call("repeat_interleave", node, heads // present[1], 1)
+        if nodes.value(node).dtype != dtype:
+            node = self.call("to", node, dtype)
+        return node
+
+    def restore(self, out: fx.Node, region: AttentionRegion) -> fx.Node:
+        """The operator's [B, H, Sq, Dv] output in the shape, dtype and strides of the original's."""
+        labels: list[Expr] = [B, H, Q, SUMMED]
+        used = set().union(*(E.variables(e) for e in region.out_index))
+        for position in (1, 0):
+            if labels[position].args[0] not in used:
+                out = self.call("select", out, position, 0)
+                del labels[position]
+        flat = next((e for e in region.out_index if folded_heads_of(e) is not None), None)
+        wanted: list[Expr] = []
+        for e in region.out_index:
+            if e != const(0):
+                wanted += [B, H] if e == flat else [e]
+        permutation = [labels.index(e) for e in wanted]
+        if permutation != sorted(permutation):
+            out = self.call("permute", out, permutation)
+        if flat is not None:
+            at = wanted.index(B)
+            out = self.call("flatten", out, at, at + 1)
+        for position, e in enumerate(region.out_index):
+            if e == const(0):
+                out = self.call("unsqueeze", out, position)
+        original = nodes.value(region.output)
+        if nodes.value(out).dtype != original.dtype:
+            out = self.call("to", out, original.dtype)
+        if nodes.value(out).stride() != original.stride() and not _any_strides(region.output):
+            out = self.call("contiguous", out)
+        return out
+
+
+class NotEmittable(Exception):
+    """The replacement cannot be written down in this graph."""
+
+
+
+
+
+
+def _any_strides(node: fx.Node, depth: int = 4) -> bool:
+    """True when no user of ``node`` can tell its strides: they all copy or permute first."""
+    if depth == 0 or not node.users:
+        return False
+    for user in node.users:
+        op = dialect.read(user)
+        if op is None or dialect.writes(user):
+            return False
+        if op.name in ("contiguous", "matmul", "bmm"):
+            continue
+        if op.name not in ("transpose", "permute", "reshape", "flatten") or not _any_strides(user, depth - 1):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _fake_mode(values: Any) -> Any:
+    """The fake mode of the example values, where they have one."""
+    mode = None
+
+    def look(value: Any) -> Any:
+        nonlocal mode
+        if isinstance(value, FakeTensor):
+            mode = value.fake_mode
+        return value
+
+    fx.map_arg(values, look)
+    torch.utils._pytree.tree_map(look, values)
+    with mode or contextlib.nullcontext():
+        yield
