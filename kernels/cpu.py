@@ -9,7 +9,8 @@ of captures run in ``cpu_blas.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,20 @@ from torch import Tensor
 from flashfuse.kernels import cpu_blas
 from flashfuse.kernels.cpu_blas import Dropout, additive_of
 from flashfuse.kernels.cpu_score import Form, Sizes, Tile, TileValues, form_of, tiles
+from flashfuse.kernels.expr import KV, Q, compare
 from flashfuse.kernels.ops import empty_bhsd
 from flashfuse.kernels.spec import ScoreProgram
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+_CAUSAL = compare("<=", KV, Q)
+
+_ROWS = 256
+"""Rows per call where a mask needs tiles; the kernel's own blocks shrink below 192."""
+
+_WORTH_A_CALL = 1 << 20
+"""Scores that take much longer than the overhead of one call."""
 
 
 def forward(
@@ -40,7 +50,7 @@ def forward(
     if 0 in (*q.shape[:3], k.shape[2]):
         lse = q.new_full(q.shape[:3], float("-inf"), dtype=_lse_dtype(q))
         return empty_bhsd(q, (*q.shape[:3], v.shape[-1])).zero_(), lse
-    if dropout_p or not _is_native(q, form_of(program)):
+    if dropout_p or not _is_native(form_of(program)):
         return cpu_blas.forward(q, k, v, captures, ints, seed, program, dropout_p)
     return _native_forward(_Native(q, k, v, captures, ints, program), q, k, v)
 
@@ -64,7 +74,8 @@ def backward(
     if 0 in (*q.shape[:3], k.shape[2]):
         grads = [empty_bhsd(t, t.shape).zero_() for t in (q, k, v)]
         return grads + [captures[i].new_zeros(captures[i].shape) for i in capture_grads]
-    if dropout_p or capture_grads or not _is_native(q, form_of(program)):
+    form = form_of(program)
+    if dropout_p or capture_grads or not _is_native(form) or _has_short_rows(q, form):
         return cpu_blas.backward(do, q, k, v, captures, ints, seed, program, dropout_p, capture_grads)
     return _native_backward(_Native(q, k, v, captures, ints, program), do, q, k, v, out, lse)
 
@@ -81,9 +92,19 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _is_native(q: Tensor, form: Form) -> bool:
+def _is_native(form: Form) -> bool:
     # Under a causal mask the kernel multiplies -inf by the scale.
     return form.scale is not None and form.scale > 0
+
+
+def _has_short_rows(q: Tensor, form: Form) -> bool:
+    """True where most rows may see few keys and the dtype shows the difference.
+
+    The kernel takes rowsum(P ∘ dP) from ``out``.  A softmax takes it from dP itself, so that its
+    error cancels in rows of few keys; in float32 the kernel is up to three times less exact there.
+    """
+    masks_rows = any("q" in form.uses(c) for c in form.conditions if c != _CAUSAL)
+    return masks_rows and q.dtype in (torch.float32, torch.float64)
 
 
 # --- the fused kernel ------------------------------------------------------------------------------
@@ -110,11 +131,30 @@ class _Native:
         # The kernel wants one head size.
         self.head_dim = max(q.shape[-1], v.shape[-1])
 
-    def tiles(self) -> Sequence[Tile]:
-        _, heads, q_len, _ = self.sizes
+    def tiles(self) -> Iterator[Tile]:
+        """Tiles for the kernel, which skips the upper triangle itself where ``causal`` is set."""
+        _, heads, q_len, kv_len = self.sizes
         form = self.form
-        by_batch = heads != self.kv_heads or (form.mask_loads and "b" in form.mask_uses)
-        rows = 128 if "q" in form.mask_uses | form.bias_uses else q_len
+        grouped = heads != self.kv_heads
+        loads_by_batch = form.mask_loads and "b" in form.mask_uses
+        causal = _CAUSAL if _CAUSAL in form.conditions and q_len == kv_len else None
+        uses = form.bias_uses.union(*(form.uses(c) for c in form.conditions if c != causal))
+        if "q" in uses:
+            by_batch = grouped or loads_by_batch
+            yield from self._cut(_ROWS, by_batch)
+            return
+        # Padding of one entry may leave most columns out, or a mask with nothing to do.
+        by_batch = grouped or (loads_by_batch and heads * q_len * kv_len >= _WORTH_A_CALL)
+        for tile in self._cut(q_len, by_batch):
+            if tile.is_empty or causal not in tile.conditions:
+                yield tile
+                continue
+            if tile.k0 > 0:
+                yield replace(tile, q1=tile.k0, k1=tile.k0)
+            rest = tuple(c for c in tile.conditions if c != causal)
+            yield replace(tile, q0=tile.k0, conditions=rest, causal=True)
+
+    def _cut(self, rows: int, by_batch: bool) -> Sequence[Tile]:
         return tiles(self.program, self.captures, self.ints, self.sizes, rows, by_batch)
 
     def mask(self, tile: Tile) -> Tensor | None:
@@ -169,12 +209,13 @@ def _native_forward(site: _Native, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
                 site.by_group(q[:, :, tile.q0 : tile.q1], tile, False),
                 site.by_group(k[:, :, tile.k0 : tile.k1], tile, True),
                 site.by_group(v[:, :, tile.k0 : tile.k1], tile, True),
+                is_causal=tile.causal,
                 attn_mask=site.mask_by_group(mask, tile),
                 scale=site.form.scale,
             )
             out[rows] = tile_out.reshape(tile.b1 - tile.b0, heads, -1, site.head_dim)[..., :v_dim]
             lse[rows] = tile_lse.reshape(tile.b1 - tile.b0, heads, -1)
-            dead = _dead_rows(mask, tile_lse)
+            dead = _dead_rows(mask, tile, tile_lse)
             if dead is not None:
                 lse[rows] = lse[rows].masked_fill(dead, float("-inf"))
         if dead is not None and site.program.dead_rows == "nan":
@@ -187,59 +228,71 @@ def _native_forward(site: _Native, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
     return out, lse
 
 
-def _dead_rows(mask: Tensor | None, lse: Tensor) -> Tensor | None:
+def _dead_rows(mask: Tensor | None, tile: Tile, lse: Tensor) -> Tensor | None:
     """[b?, H?, rows?]: rows whose mask is −inf throughout; ``None`` where no row is.
 
     The kernel gives them 0 for lse, which other rows rarely have.
     """
     if mask is None or not (lse == 0).any():
         return None
-    dead = mask.amax(-1) == float("-inf")
+    if not tile.causal:
+        dead = mask.amax(-1) == float("-inf")
+    else:
+        # mask has one row: row i is dead while no column up to i is allowed.
+        last = torch.arange(tile.q1 - tile.q0).clamp_(max=mask.shape[-1] - 1)
+        dead = (mask.cummax(-1).values[:, :, 0] == float("-inf"))[..., last]
     return dead if dead.any() else None
 
 
 def _native_backward(
     site: _Native, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> list[Tensor]:
-    heads, kv_len = site.sizes[1], site.sizes[3]
-    dq, dk, dv = (empty_bhsd(t, t.shape) for t in (q, k, v))
-    d_keys, d_values = (torch.zeros(t.shape, dtype=site.dtype) for t in (k, v))
+    batch, heads, q_len, kv_len = site.sizes
+    like = (q, k, v)
     dead = lse == float("-inf")
     any_dead = bool(dead.any())
-    live_do = do
     if any_dead:
         # With lse 0 the weights of a dead row are exp(-inf - 0) = 0, as long as out is finite.
         lse = lse.masked_fill(dead, 0)
         out = out.masked_fill(dead[..., None], 0)
-    q, k, v, out, live_do = (site.padded(x) for x in (q, k, v, out, live_do))
-    for tile in site.tiles():
-        rows = (slice(tile.b0, tile.b1), slice(None), slice(tile.q0, tile.q1))
-        if tile.is_empty:
-            dq[rows] = 0
-            continue
-        columns = (slice(tile.b0, tile.b1), slice(None), slice(tile.k0, tile.k1))
-        tile_dq, tile_dk, tile_dv = _flash_backward(
-            site.by_group(live_do[:, :, tile.q0 : tile.q1], tile, False),
-            site.by_group(q[:, :, tile.q0 : tile.q1], tile, False),
-            site.by_group(k[:, :, tile.k0 : tile.k1], tile, True),
-            site.by_group(v[:, :, tile.k0 : tile.k1], tile, True),
-            site.by_group(out[:, :, tile.q0 : tile.q1], tile, False),
-            site.by_group(lse[:, :, tile.q0 : tile.q1], tile, False),
-            0.0,
-            False,
-            attn_mask=site.mask_by_group(site.mask(tile), tile),
-            scale=site.form.scale,
+    rows_of = [site.padded(x) for x in (do, q, out)] + [lse]
+    columns_of = [site.padded(x) for x in (k, v)]
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        do_, q_, out_, lse_ = (site.by_group(x[:, :, tile.q0 : tile.q1], tile, False) for x in rows_of)
+        k_, v_ = (site.by_group(x[:, :, tile.k0 : tile.k1], tile, True) for x in columns_of)
+        mask, scale = site.mask_by_group(site.mask(tile), tile), site.form.scale
+        dq, dk, dv = _flash_backward(
+            do_, q_, k_, v_, out_, lse_, 0.0, tile.causal, attn_mask=mask, scale=scale
         )
-        dq[rows] = tile_dq.reshape(tile.b1 - tile.b0, heads, -1, site.head_dim)[..., : dq.shape[-1]]
         if heads != site.kv_heads:
-            tile_dk, tile_dv = tile_dk.sum(1)[None], tile_dv.sum(1)[None]
-        d_keys[columns] += tile_dk[..., : dk.shape[-1]]
-        d_values[columns] += tile_dv[..., : dv.shape[-1]]
+            dq, dk, dv = dq.flatten(0, 1)[None], *(x.sum(1, dtype=site.dtype)[None] for x in (dk, dv))
+        return dq, dk, dv
+
+    every = list(site.tiles())
+    if every == [replace(every[0], b0=0, b1=batch, q0=0, q1=q_len, k0=0, k1=kv_len)]:
+        dq, dk, dv = run(every[0])
+    else:
+        dq = empty_bhsd(q, (*q.shape[:3], site.head_dim))
+        dk, dv = (empty_bhsd(lse, (*t.shape[:3], site.head_dim)).zero_() for t in (k, v))
+        for tile in every:
+            rows = (slice(tile.b0, tile.b1), slice(None), slice(tile.q0, tile.q1))
+            if tile.is_empty:
+                dq[rows] = 0
+                continue
+            columns = (slice(tile.b0, tile.b1), slice(None), slice(tile.k0, tile.k1))
+            dq[rows], tile_dk, tile_dv = run(tile)
+            dk[columns] += tile_dk
+            dv[columns] += tile_dv
+    dq, dk, dv = (x[..., : t.shape[-1]] for x, t in zip((dq, dk, dv), like, strict=True))
     if any_dead and site.program.dead_rows in ("mean", "nan"):
         per_key = (do.to(site.dtype) * dead[..., None]).sum(2, keepdim=True) / kv_len
         if site.program.dead_rows == "nan":
             per_key = per_key.masked_fill(dead.any(2)[..., None, None], float("nan"))
-        d_values += per_key.unflatten(1, (site.kv_heads, -1)).sum(2)
-    dk.copy_(d_keys)
-    dv.copy_(d_values)
-    return [dq, dk, dv]
+        dv = dv + per_key.unflatten(1, (site.kv_heads, -1)).sum(2)
+    return [_laid_out(x.to(q.dtype)) for x in (dq, dk, dv)]
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """``x`` with the memory of [B, S, H, D]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -160,7 +160,8 @@ def _over_distance(e: Expr) -> Expr:
 class Tile:
     """Rows ``q0:q1`` of batch entries ``b0:b1`` against columns ``k0:k1``.
 
-    Columns outside are masked.  ``conditions`` are those that do not hold everywhere inside.
+    Columns outside are masked.  ``conditions`` are those that do not hold everywhere inside; with
+    ``causal``, ``kv - k0 <= q - q0`` must hold as well.
     """
 
     b0: int
@@ -170,6 +171,7 @@ class Tile:
     k0: int
     k1: int
     conditions: tuple[Expr, ...] = ()
+    causal: bool = False
 
     @property
     def is_empty(self) -> bool:
