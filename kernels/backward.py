@@ -88,7 +88,7 @@ def backward_norm(  # type: ignore[no-untyped-def]
         k_base = K + b64 * skb + kvh64 * skh
         total = tl.zeros([BM], tl.float32)
         for i in range(0, (Skv + BN - 1) // BN):
-            start = tl.to_tensor(i) * BN
+            start = tl.cast(i, tl.int32) * BN
             columns = tl.arange(0, BN)
             k = load_rows(k_base + start.to(tl.int64) * 8 * sks, columns, sks, Skv - start, D, D_PAD, True)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -115,7 +115,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM queries into dk [BN, D_PAD] and dv [BN, DV_PAD]; scores lie as [kv, q]."""
-    start = tl.to_tensor(start)
+    start = tl.cast(start, tl.int32)
     local = tl.arange(0, BM)
     offset = start.to(tl.int64) * 8
     q = load_rows(q_base + offset * sqs, local, sqs, Sq - start, D, D_PAD, CHECK)  # [BM, D_PAD]
@@ -265,7 +265,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN keys into dq [BM, D_PAD], and into the captures' gradients."""
-    start = tl.to_tensor(start)
+    start = tl.cast(start, tl.int32)
     offset = start.to(tl.int64) * 8
     columns = tl.arange(0, BN)
     k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, CHECK)  # [BN, D_PAD]

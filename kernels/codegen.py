@@ -113,7 +113,7 @@ def generate(
     folded = scale is not None or is_moderate(score, names.kinds)
     slope = derivative(score, S)
     dscale = float(slope.value) if slope.is_const else None
-    functions = [_score_function(mul(score, const(LOG2E)) if folded else score, names)]
+    functions = [_score_function(_in_base_2(score) if folded else score, names)]
     functions.append(_function("mask_mod", mask, names) if mask is not None else "")
     functions.append(_function("dscore_mod", slope, names) if dscale is None else "")
     functions.append(_accumulate_function(program, grads, names) if grads else "")
@@ -134,6 +134,13 @@ def _plain_scale(score: Expr) -> float | None:
     if slope.is_const and slope.value > 0 and score == mul(S, slope):
         return float(slope.value)
     return None
+
+
+def _in_base_2(score: Expr) -> Expr:
+    """The score times log2(e), with the factor at the leaves of a sum, where constants absorb it."""
+    if score.op == "+":
+        return Expr("+", *(_in_base_2(a) for a in score.operands))
+    return mul(score, const(LOG2E))
 
 
 def is_moderate(score: Expr, kinds: Mapping[str, str]) -> bool:

@@ -45,7 +45,7 @@ def dead_rows_out(  # type: ignore[no-untyped-def]
         seed = tl.load(Seed)
         acc = tl.zeros([BM, DV_PAD], tl.float32)
         for i in range(0, (Skv + BN - 1) // BN):
-            start = tl.to_tensor(i) * BN
+            start = tl.cast(i, tl.int32) * BN
             v_base = V + b64 * svb + kvh64 * svh + start.to(tl.int64) * 8 * svs
             v = load_rows(v_base, tl.arange(0, BN), svs, Skv - start, DV, DV_PAD, True)
             keep = keep_draw(seed, bh, first + local, start, BM, BN) >= threshold
@@ -75,7 +75,7 @@ def dead_rows_dv(  # type: ignore[no-untyped-def]
         bh = b * H + h
         do_base = DOut + b.to(tl.int64) * 8 * sgb + h.to(tl.int64) * 8 * sgh
         for i in range(0, (Sq + BM - 1) // BM):
-            start = tl.to_tensor(i) * BM
+            start = tl.cast(i, tl.int32) * BM
             lse = tl.load(Lse + bh.to(tl.int64) * Sq + start + local, mask=local < Sq - start, other=0.0)
             dead = lse == float("-inf")
             if tl.max(dead.to(tl.int32), 0) > 0:

@@ -60,7 +60,7 @@ def _attend(  # type: ignore[no-untyped-def]
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN keys into acc [BM, DV_PAD], l [BM], m [BM]."""
-    start = tl.to_tensor(start)
+    start = tl.cast(start, tl.int32)
     offset = start.to(tl.int64) * 8
     columns = tl.arange(0, BN)
     k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, CHECK)  # [BN, D_PAD]

@@ -1,0 +1,119 @@
+"""Sites that the kernel tests share, and the comparison of a variant with the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashfuse.kernels import block_map
+from flashfuse.kernels.reference import attention_reference
+from flashfuse.kernels.spec import ScoreProgram
+
+
+@dataclass(frozen=True)
+class Case:
+    """One site: sizes, program, and how its captures are made from (B, H, Sq, Skv)."""
+
+    program: str
+    sizes: tuple[int, int, int, int]
+    kv_heads: int = 1
+    dims: tuple[int, int] = (40, 40)
+    captures: Callable[[int, int, int, int], Sequence[Tensor]] = lambda b, h, sq, skv: ()
+    ints: tuple[int, ...] = ()
+    grads: tuple[int, ...] = ()
+    dropout_p: float = 0.0
+    dtype: torch.dtype = torch.float32
+    layout: str = "bshd"
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, (*self.sizes, self.kv_heads, *self.dims)))
+        return f"{self.program}|{sizes}|{str(self.dtype)[6:]}|p{self.dropout_p}"
+
+
+def left_pad(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
+    """[B, Skv]: the first keys of every other sequence are padding."""
+    start = torch.tensor([0, skv // 3] * b)[:b]
+    return [torch.arange(skv)[None] >= start[:, None]]
+
+
+def right_pad(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
+    end = torch.tensor([skv, skv - skv // 4] * b)[:b]
+    return [torch.arange(skv)[None] < end[:, None]]
+
+
+def documents(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
+    return [(torch.arange(max(sq, skv)) // (1 + max(sq, skv) // 3)).expand(b, -1).contiguous()]
+
+
+def hostile_bias(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
+    """[B, 1, Sq, Skv] with −inf, the finite minimum and ±1e4, in parts and in whole rows."""
+    bias = torch.zeros(b, 1, sq, skv)
+    least = torch.finfo(torch.bfloat16).min
+    bias[0, 0, :, : skv // 4] = least
+    bias[0, 0, sq // 2] = least
+    bias[-1, 0, sq // 3] = -torch.inf
+    bias[-1, 0, :, skv // 2] = -torch.inf
+    bias[-1, 0, sq // 4] = 1e4
+    bias[-1, 0, sq // 5] = -1e4
+    return [bias]
+
+
+def run_case(implementation: Any, case: Case, device: str, seed: int = 0) -> None:
+    """Forward, backward and capture gradients of ``case`` against float64 under the rule."""
+    from tolerance import assert_equal_under_rule  # a helper beside this one, loaded after it
+
+    torch.manual_seed(seed)
+    program = ScoreProgram.parse(case.program)
+    b, h, sq, skv = case.sizes
+    d, dv = case.dims
+    q = _tensor((b, h, sq, d), case, device)
+    k = _tensor((b, case.kv_heads, skv, d), case, device)
+    v = _tensor((b, case.kv_heads, skv, dv), case, device)
+    do = _tensor((b, h, sq, dv), case, device)
+    captures = [c.to(device) for c in case.captures(b, h, sq, skv)]
+    captures = [c.to(case.dtype) if i in case.grads else c for i, c in enumerate(captures)]
+    keep, key = None, None
+    if case.dropout_p:
+        key = torch.tensor([(seed + 1) * 0x9E3779B97F4A], device=device)
+        keep = implementation.dropout_mask(key, case.dropout_p, case.sizes)
+    maps = []
+    if program.mask is not None:
+        mask = program.mask_program
+        values = dict(zip(program.captures, captures, strict=True))
+        numbers = dict(zip(program.ints, case.ints, strict=True))
+        maps = block_map.build(
+            [values[n] for n in mask.captures], [numbers[n] for n in mask.ints], q.device, case.sizes, mask
+        )
+    site = (captures, case.ints, maps, key, program, case.dropout_p)
+    out, lse = implementation.forward(q, k, v, *site)
+    grads = implementation.backward(do, q, k, v, out, lse, *site, case.grads)
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        wanted = [captures[i].detach().to(dtype).requires_grad_() for i in case.grads]
+        given = list(captures)
+        for i, t in zip(case.grads, wanted, strict=True):
+            given[i] = t
+        expected, logs = attention_reference(*inputs, given, case.ints, program, case.dropout_p, keep)
+        slopes = torch.autograd.grad(expected, [*inputs, *wanted], do.to(dtype), allow_unused=True)
+        filled = [torch.zeros_like(t) if g is None else g for t, g in zip([*inputs, *wanted], slopes, strict=True)]
+        return [expected.detach(), logs.detach(), *filled]
+
+    exact, original = reference(torch.float64), reference(case.dtype)
+    names = ["out", "lse", "dq", "dk", "dv", *(f"d{program.captures[i]}" for i in case.grads)]
+    for name, ours, e, o in zip(names, [out, lse, *grads], exact, original, strict=True):
+        assert_equal_under_rule(ours, o.to(ours.dtype), e, f"{case}: {name}")
+
+
+def _tensor(shape: tuple[int, ...], case: Case, device: str) -> Tensor:
+    b, h, s, d = shape
+    if case.layout == "bshd":
+        return torch.randn(b, s, h, d, device=device).to(case.dtype).transpose(1, 2)
+    if case.layout == "packed":
+        # A slice of a fused qkv projection: rows are further apart than they are long.
+        return torch.randn(b, s, 3, h, d, device=device).to(case.dtype)[:, :, 1].transpose(1, 2)
+    return torch.randn(b, h, s, d, device=device).to(case.dtype)

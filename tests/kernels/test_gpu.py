@@ -1,0 +1,185 @@
+"""The Triton kernels on a real GPU: shapes, dtypes, programs and corner cases against float64."""
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import Case, documents, hostile_bias, left_pad, right_pad, run_case
+from tolerance import assert_equal_under_rule
+
+from flashfuse.kernels.spec import ScoreProgram
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device")
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def triton_attention():
+    # Triton is imported where a kernel is wanted, not where tests are collected.
+    from flashfuse.kernels import triton_attention
+
+    return triton_attention
+
+
+def bias(*dims):
+    """A float capture of these of the sizes b, h, q, kv (1 where not named), or a table over kv − q."""
+
+    def make(b, h, sq, skv):
+        if dims == ("table",):
+            return [torch.randn(h, sq + skv - 1)]
+        named = {"b": b, "h": h, "q": sq, "kv": skv}
+        return [torch.randn([named.get(d, 1) for d in dims])]
+
+    return make
+
+
+def dense_mask(b, h, sq, skv):
+    return [torch.rand(1, sq, skv) < 0.5]
+
+
+SCALE = "s*0.158"
+PROGRAMS = [
+    (SCALE, None, ()),
+    (f"{SCALE} where kv <= q", None, ()),
+    (f"{SCALE} where kv <= q and kv > q - 100", None, ()),
+    (f"{SCALE} where kv <= q and pad[b, kv] else mean", left_pad, ()),
+    (f"{SCALE} where kv <= q and pad[b, kv] else zero", left_pad, ()),
+    (f"{SCALE} where kv <= q and pad[b, kv] else nan", left_pad, ()),
+    (f"{SCALE} where pad[b, kv]", right_pad, ()),
+    (f"{SCALE} where doc[b, q] == doc[b, kv] else zero", documents, ()),
+    (f"{SCALE} where q // 64 == kv // 64 else zero", None, ()),
+    (f"{SCALE} where allowed[0, q, kv] else zero", dense_mask, ()),
+    (f"tanh(s*0.02)*20.0 where kv <= q", None, ()),
+    (f"{SCALE} + table[h, kv - q + Sq - 1]", bias("table"), (0,)),
+    (f"{SCALE} + slope[h]*(kv - q) where kv <= q", bias("h"), (0,)),
+    (f"{SCALE} + bias[0, h, q, kv]", bias("1", "h", "q", "kv"), (0,)),
+    (f"{SCALE} + bias[b, 0, 0, kv] where kv <= q", bias("b", "1", "1", "kv"), (0,)),
+    (f"(s + gate[q])*sigmoid(gate[q])*0.1", bias("q"), (0,)),
+    (f"{SCALE} + bias[b, 0, q, kv]", hostile_bias, ()),
+]
+def NONE(b, h, sq, skv):
+    return ()
+
+
+def make(program, captures, grads, **kwargs):
+    return Case(program, captures=captures or NONE, grads=grads, **kwargs)
+
+
+def cases():
+    for program, captures, grads in PROGRAMS:
+        yield make(program, captures, grads, sizes=(2, 6, 200, 333), kv_heads=2, dims=(64, 64), dtype=BF16)
+        yield make(program, captures, grads, sizes=(2, 2, 256, 256), kv_heads=2, dims=(64, 64), dtype=BF16)
+        yield make(program, captures, grads, sizes=(2, 3, 150, 129), kv_heads=1, dims=(40, 40), dtype=F32)
+    for program, captures, grads in [PROGRAMS[1], PROGRAMS[3], PROGRAMS[5], PROGRAMS[12], PROGRAMS[13]]:
+        for p in (0.1, 0.5):
+            yield make(program, captures, grads, sizes=(2, 4, 300, 300), kv_heads=4, dims=(64, 64), dtype=BF16, dropout_p=p)
+        yield make(program, captures, grads, sizes=(1, 4, 257, 257), kv_heads=2, dims=(128, 128), dtype=F16, dropout_p=0.2)
+    causal, alibi = PROGRAMS[1], PROGRAMS[12]
+    for dims in [(8, 8), (40, 40), (96, 96), (128, 128), (192, 128), (256, 256), (64, 128), (80, 24)]:
+        for dtype in (BF16, F16, F32):
+            yield make(*causal, sizes=(1, 2, 300, 300), kv_heads=1, dims=dims, dtype=dtype)
+        yield make(*alibi, sizes=(1, 2, 256, 256), kv_heads=1, dims=dims, dtype=BF16, dropout_p=0.1)
+    for sq, skv in itertools.product((1, 63, 111, 1000), (1, 64, 111, 1000)):
+        yield make(SCALE, None, (), sizes=(1, 3, sq, skv), kv_heads=1, dims=(64, 64), dtype=BF16)
+        yield make(f"{SCALE} where kv <= q + Skv - Sq else zero", None, (), sizes=(1, 3, sq, skv), kv_heads=1,
+                   dims=(64, 64), dtype=BF16)  # fmt: skip
+    for layout in ("packed", "bhsd"):
+        yield make(*causal, sizes=(2, 4, 200, 200), kv_heads=4, dims=(64, 64), dtype=BF16, layout=layout)
+    yield make(SCALE, None, (), sizes=(2, 4, 0, 5), kv_heads=4, dtype=BF16)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_equal_under_rule(case):
+    run_case(triton_attention(), case, "cuda")
+
+
+def test_results_are_bitwise_repeatable():
+    torch.manual_seed(0)
+    implementation = triton_attention()
+    program = ScoreProgram.parse("s*0.125 where kv <= q")
+    q, k, v, do = (torch.randn(2, 8, 1024, 64, device="cuda", dtype=BF16) for _ in range(4))
+    seed = torch.tensor([7], device="cuda")
+
+    def run():
+        out, lse = implementation.forward(q, k, v, (), (), (), seed, program, 0.1)
+        return [out, lse, *implementation.backward(do, q, k, v, out, lse, (), (), (), seed, program, 0.1, ())]
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_offsets_beyond_32_bits():
+    """The last head lies more than 2^31 elements from the first."""
+    torch.manual_seed(0)
+    implementation = triton_attention()
+    program = ScoreProgram.parse("s*0.125")
+    heads, length = 80, 2**19
+    k = torch.empty(1, heads, length, 64, device="cuda", dtype=BF16)
+    k[:, -1] = torch.randn(length, 64, device="cuda")
+    k[:, :-1] = 0
+    q = torch.randn(1, heads, 2, 64, device="cuda", dtype=BF16)
+    out, _ = implementation.forward(q, k, k, (), (), (), None, program, 0.0)
+    exact = torch.nn.functional.scaled_dot_product_attention(q[:, -1:].double(), *[k[:, -1:].double()] * 2)
+    eager = torch.nn.functional.scaled_dot_product_attention(q[:, -1:], *[k[:, -1:]] * 2)
+    assert_equal_under_rule(out[:, -1:], eager, exact)
+
+
+def test_tf32_follows_the_precision_setting():
+    torch.manual_seed(0)
+    implementation = triton_attention()
+    program = ScoreProgram.parse("s*0.125")
+    q, k, v = (torch.randn(1, 2, 256, 64, device="cuda") for _ in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    errors = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            out, _ = implementation.forward(q, k, v, (), (), (), None, program, 0.0)
+            errors[precision] = (out - exact).abs().max().item()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < 1e-5 < errors["high"] < 1e-2
+
+
+def test_dropout_rate_and_independence_of_launch():
+    seed = torch.tensor([123], device="cuda")
+    keep = triton_attention().dropout_mask(seed, 0.1, (4, 8, 512, 512))
+    rate = 1 - keep.double().mean().item()
+    deviation = (0.1 * 0.9 / keep.numel()) ** 0.5
+    assert abs(rate - 0.1) < 5 * deviation
+    part = triton_attention().dropout_mask(seed, 0.1, (1, 3, 100, 70))
+    assert torch.equal(part[0, :3], keep[0, :3, :100, :70])
+
+
+@pytest.mark.parametrize("lengths", [(256, 256), (300, 300)])
+def test_lengths_do_not_recompile(lengths):
+    from flashfuse.kernels import forward
+
+    implementation = triton_attention()
+    program = ScoreProgram.parse("s*0.125 where kv <= q")
+
+    def run(length):
+        q = torch.randn(1, 2, length, 64, device="cuda", dtype=BF16)
+        out, lse = implementation.forward(q, q, q, (), (), (), None, program, 0.0)
+        implementation.backward(out, q, q, q, out, lse, (), (), (), None, program, 0.0, ())
+
+    def compiled():
+        return sum(len(caches[0]) for caches in forward.attention_forward.device_caches.values())
+
+    run(lengths[0])
+    before = compiled()
+    for extra in (128, 256, 1280) if lengths[0] % 128 == 0 else (1, 7, 64, 1001):
+        run(lengths[1] + extra)
+    assert compiled() == before
+
+
+def test_gradients_through_the_operator():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 128, 64, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3))
+    table = torch.randn(4, 255, device="cuda", requires_grad=True)
+    text = "s*0.125 + table[h, kv - q + Sq - 1] where kv <= q"
+    out, _ = torch.ops.flashfuse.attention(q, k, v, [table], [], [], None, text, 0.0, "triton")
+    out.sum().backward()
+    for t in (q, k, v, table):
+        assert t.grad is not None and t.grad.shape == t.shape and t.grad.abs().sum() > 0
