@@ -69,6 +69,7 @@ class Bench:
     machine: str
     rows: tuple[Row, ...]
     equal: bool
+    notes: tuple[str, ...] = ()
 
     def speedup(self, name: str) -> float | None:
         """Of a row over eager; ``None`` for ours if the results differ, or if there is no figure."""
@@ -83,7 +84,13 @@ class Bench:
         rows = [
             asdict(row) | {"median_ms": row.median_ms, "speedup": self.speedup(row.name)} for row in self.rows
         ]
-        return {"what": self.what, "machine": self.machine, "equal": self.equal, "rows": rows}
+        return {
+            "what": self.what,
+            "machine": self.machine,
+            "equal": self.equal,
+            "rows": rows,
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
         return plain_text(self)
@@ -105,6 +112,7 @@ class Bench:
                     f"no speed-up is shown for {OURS}: its results differ from the model's", style="bold red"
                 )
             )
+        lines += [Text(note, style="yellow") for note in self.notes]
         rounds = max((len(row.times_ms) for row in self.rows), default=0)
         lines.append(
             Text(
@@ -142,7 +150,10 @@ def bench_model(
 
     A step is a forward call, with ``train`` forward and backward.  The ways share their weights.
     """
+    import flashfuse
+
     model.train(train)
+    flashfuse.clear_reports()
     steps: dict[str, Callable[[], object]] = {}
     refused: dict[str, str] = {}
     for name, (attention, backend) in WAYS.items():
@@ -156,7 +167,8 @@ def bench_model(
     device = next(model.parameters()).device
     measured = {row.name: row for row in measure(steps, device, on_step=on_step)}
     rows = tuple(measured.get(name) or Row(name, error=refused[name]) for name in WAYS)
-    return Bench(what, machine_line(device), rows, equal)
+    notes = dict.fromkeys(warning for report in flashfuse.reports() for warning in report.warnings)
+    return Bench(what, machine_line(device), rows, equal, tuple(notes))
 
 
 def measure(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -129,12 +128,8 @@ def _explain(options: argparse.Namespace) -> int:
     loaded, inputs = _load(options, progress)
     out.print(loaded.description, style="bold")
     out.print(_inputs_line(inputs, options.train), style="dim")
-    with progress.step("looking for attention, checking each site"):
+    with progress.step("looking for attention, checking sites and the whole model"):
         report: Report = flashfuse.explain(loaded.model, **inputs)
-    if report.check is None and report.num_fused:
-        with progress.step("checking outputs and gradients of the whole model"):
-            check: ModelCheck = flashfuse.verify(loaded.model, backward=True, **inputs)
-        report = dataclasses.replace(report, check=check)
     out.print()
     out.print(report)
     bench = None

@@ -15,33 +15,30 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from flashfuse.kernels.spec import AttentionShape, Reason
+from flashfuse.passes.plan import Cost
+
+__all__ = [
+    "AttentionShape",
+    "CheckItem",
+    "Cost",
+    "ModelCheck",
+    "Reason",
+    "Report",
+    "SiteCheck",
+    "SiteReport",
+]
 
 WIDTH = 110
 """Columns of ``str(report)``."""
 
 MAX_LISTED = 8
 """Rows of a list of failures before the rest is only counted."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work and memory traffic of one site, one forward pass.
-
-    ``hbm_bytes_before`` counts every intermediate of the original as written and read once;
-    ``density`` is the fraction of the score matrix that the mask leaves, ``None`` if unknown.
-    """
-
-    flops: Any
-    hbm_bytes_before: Any
-    hbm_bytes_after: Any
-    density: float | None = None
 
 
 @dataclass(frozen=True)
@@ -225,14 +222,14 @@ def _render(report: Report) -> Iterable[RenderableType]:
     groups = _fold(report.sites)
     fused = [group for group in groups if group[0].status == "fused"]
     left = [group for group in groups if group[0].status == "left"]
-    if fused:
-        yield Text()
-        yield _fused_table(fused)
-    if left:
-        yield Text()
-        yield Text("Left as it was", style="bold")
-        for group in left:
-            yield from _render_left(group)
+    for title, style, shown in (("Fused", "green", fused), ("Left as it was", "yellow", left)):
+        if shown:
+            yield Text()
+            yield Text(title, style="bold")
+        for group in shown:
+            shape = f"  {group[0].shape}" if group[0].shape is not None else ""
+            yield Text.assemble("  ", (_names(group), style), shape)
+            yield _facts(group[0])
     hbm = report.hbm_bytes
     if hbm is not None:
         ratio = f" ({hbm[0] / hbm[1]:.1f}× less)" if 0 < hbm[1] < hbm[0] else ""
@@ -245,7 +242,7 @@ def _render(report: Report) -> Iterable[RenderableType]:
 
 
 def _headline(report: Report) -> Text:
-    name = f"{report.graph_name}: " if report.graph_name else ""
+    name = f"{report.graph_name}: " if report.graph_name not in ("", "GraphModule") else ""
     if not report.sites:
         return Text(f"{name}no attention found, {_count(report.num_nodes_before, 'graph node')} unchanged")
     nodes = f"{report.num_nodes_before} → {report.num_nodes_after} graph nodes"
@@ -280,57 +277,51 @@ def _names(group: Sequence[SiteReport]) -> str:
     return f"{first} … {last} ×{len(group)}"
 
 
-def _fused_table(groups: Sequence[Sequence[SiteReport]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), expand=True)
-    table.add_column("Fused", style="green", ratio=3, overflow="fold")
-    table.add_column("became", ratio=6, overflow="fold")
-    table.add_column("HBM before → after, each", ratio=3, overflow="fold")
-    for number, group in enumerate(groups):
-        site = group[0]
-        traffic = ""
-        if site.cost is not None:
-            before, after = site.cost.hbm_bytes_before, site.cost.hbm_bytes_after
-            traffic = f"{format_bytes(before)} → {format_bytes(after)}"
-        last = number == len(groups) - 1
-        table.add_row(_names(group), Text("\n".join(_became(site))), traffic, end_section=not last)
-    return table
+def _facts(site: SiteReport) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, fact in _facts_of(site):
+        table.add_row(name, Text(fact))
+    return Padding(table, (0, 0, 0, 4), expand=False)
 
 
-def _became(site: SiteReport) -> Iterable[str]:
-    yield f"score {site.program.partition(' where ')[0]}"
-    mask = site.mask or "none"
-    if site.cost is not None and site.cost.density is not None and site.mask:
-        mask += f" (leaves {site.cost.density:.0%} of the scores)"
-    dead = {"mean": "the mean of v", "nan": "NaN", "zero": "0"}.get(site.dead_rows)
-    yield f"mask {mask}" + (f"; a row without keys gives {dead}" if dead else "")
-    extras = [str(site.shape)] if site.shape is not None else []
-    if str(site.gqa_group) != "1":
-        extras.append(f"{site.gqa_group} query heads per key head")
-    if site.dropout_p:
-        extras.append(f"dropout {site.dropout_p:g}")
-    if site.variant:
-        extras.append(f"kernels: {site.variant}")
-    if extras:
-        yield ", ".join(extras)
-    if site.source:
-        yield f"from {site.source}"
-    for note in site.notes:
-        yield f"note: {note}"
-    for reason in site.reasons:
-        yield f"{reason}" + (f"; {reason.hint}" if reason.hint else "")
-
-
-def _render_left(group: Sequence[SiteReport]) -> Iterable[RenderableType]:
-    site = group[0]
-    where = f"  from {site.source}" if site.source else ""
-    yield Text.assemble("  ", (_names(group), "yellow"), where)
+def _facts_of(site: SiteReport) -> Iterable[tuple[str, str]]:
     if site.program:
-        yield Padding(Text(site.program), (0, 0, 0, 4))
+        yield "score", site.program.partition(" where ")[0]
+        yield "mask", _mask(site)
+    if str(site.gqa_group) != "1":
+        yield "groups", f"{site.gqa_group} query heads share a key head"
+    if site.dropout_p:
+        yield "dropout", f"{site.dropout_p:g}"
+    if site.variant:
+        yield "kernels", site.variant
+    if site.cost is not None:
+        before, after = format_bytes(site.cost.hbm_bytes_before), format_bytes(site.cost.hbm_bytes_after)
+        yield "traffic", f"{before} → {after}" if site.status == "fused" else before
+    if site.source:
+        yield "source", _short(site.source)
     for reason in site.reasons:
-        line = f" ({reason.where})" if reason.where and reason.where != site.source else ""
-        yield Padding(Text.assemble((reason.code, "bold"), f": {reason.message}{line}"), (0, 0, 0, 4))
+        line = f" ({_short(reason.where)})" if reason.where and reason.where != site.source else ""
+        yield "reason", f"{reason.code}: {reason.message}{line}"
         if reason.hint:
-            yield Padding(Text(f"to fuse it: {reason.hint}"), (0, 0, 0, 6))
+            yield "remedy", reason.hint
+    for note in site.notes:
+        yield "note", note
+
+
+def _mask(site: SiteReport) -> str:
+    if not site.mask:
+        return "none"
+    density = site.cost.density if site.cost is not None else None
+    left = f"; leaves {density:.0%} of the scores" if density is not None else ""
+    dead = {"mean": "the mean of v", "nan": "NaN", "zero": "0"}.get(site.dead_rows)
+    return site.mask + left + (f"; a row without keys gives {dead}" if dead else "")
+
+
+def _short(source: str) -> str:
+    """A source line without the part of its path that says only where packages are installed."""
+    return re.sub(r"^\S*/(?:site|dist)-packages/", "", source)
 
 
 def _render_checks(report: Report) -> Iterable[RenderableType]:
