@@ -4,10 +4,10 @@ import ast
 import importlib.metadata
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("flashfuse", "passes", "kernels")
