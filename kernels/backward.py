@@ -58,16 +58,25 @@ def backward_prepare(  # type: ignore[no-untyped-def]
     tl.store(LseOut + rows, tl.where(dead, float("inf"), lse), mask=inside)
 
 
-@triton.jit(do_not_specialize=["nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "H", "GROUP", "Sq", "Skv"])
-def backward_norm(  # type: ignore[no-untyped-def]
-    Q, K, Lse, Norm, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, H, GROUP, Sq, Skv,
-    SCORE: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+@triton.jit(
+    do_not_specialize=[
+        "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
+        "H", "GROUP", "Sq", "Skv", "threshold", "drop_scale",
+    ]
+)  # fmt: skip
+def backward_rows(  # type: ignore[no-untyped-def]
+    Q, K, V, DOut, Lse, Norm, Delta, Seed, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
+    H, GROUP, Sq, Skv, threshold, drop_scale,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr, EXACT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """log2 of the weights' sum, which is 0 but for rows whose lse is too large to hold it.
+    """Row sums again from the scores: norm = log2 of the weights' sum and, if EXACT, delta = Σ P dP.
 
-    At a row maximum of −3.4e38 (a finite mask over every key) float32 drops the ``ln l`` of
-    lse = m + ln l; the sum of e^(x − lse) then is l, and this is its base-2 logarithm.
+    Norm is 0 but for the rounding of lse.  It matters where lse cannot hold it: at a row maximum of
+    −3.4e38 (a finite mask over every key) float32 drops the ``ln l`` of lse = m + ln l, and the sum is
+    l.  Unless EXACT, only such rows are summed.  ``Lse`` is that of ``backward_prepare``; a FOLDED
+    program has no norm.
     """
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
@@ -76,31 +85,55 @@ def backward_norm(  # type: ignore[no-untyped-def]
     h = bh % H
     local = tl.arange(0, BM)
     inside = local < Sq - first
-    rows = bh.to(tl.int64) * Sq + first + local
-    lse = tl.load(Lse + rows, mask=inside, other=0.0)
-    huge = (tl.abs(lse) > HUGE_LSE) & (tl.abs(lse) < float("inf"))
+    at = bh.to(tl.int64) * Sq + first + local
+    lse = tl.load(Lse + at, mask=inside, other=float("inf"))
+    live = tl.abs(lse) < float("inf")
+    if not EXACT:
+        live = live & (tl.abs(lse) > HUGE_LSE)
     norm = tl.zeros([BM], tl.float32)
-    if tl.max(huge.to(tl.int32), 0) > 0:
+    if tl.max(live.to(tl.int32), 0) > 0:
         b64, h64, kvh64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8, (h // GROUP).to(tl.int64) * 8
-        q_base = Q + b64 * sqb + h64 * sqh + first.to(tl.int64) * 8 * sqs
-        q = load_rows(q_base, local, sqs, Sq - first, D, D_PAD, True)
-        q_rows = tl.minimum(first + local, Sq - 1)
+        first64 = first.to(tl.int64) * 8
+        q = load_rows(Q + b64 * sqb + h64 * sqh + first64 * sqs, local, sqs, Sq - first, D, D_PAD, True)
+        if EXACT:
+            do_base = DOut + b64 * sgb + h64 * sgh + first64 * sgs
+            do = load_rows(do_base, local, sgs, Sq - first, DV, DV_PAD, True)
+            seed = 0
+            if DROPOUT:
+                seed = tl.load(Seed)
+            weighted = tl.zeros([BM], tl.float32)
+        rows = tl.minimum(first + local, Sq - 1)
         k_base = K + b64 * skb + kvh64 * skh
+        v_base = V + b64 * svb + kvh64 * svh
         total = tl.zeros([BM], tl.float32)
         for i in range(0, (Skv + BN - 1) // BN):
             start = tl.cast(i, tl.int32) * BN
+            offset = start.to(tl.int64) * 8
             columns = tl.arange(0, BN)
-            k = load_rows(k_base + start.to(tl.int64) * 8 * sks, columns, sks, Skv - start, D, D_PAD, True)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, True)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
             kv = tl.minimum(start + columns, Skv - 1)
-            x = SCORE(s, b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+            if SCALE is not None:
+                x = s * SCALE
+            else:
+                x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
             allowed = (start + columns < Skv)[None, :]
             if MASK is not None:
-                allowed = allowed & MASK(b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-            p = tl.exp2((x - lse[:, None]) * LOG2E)
-            total += tl.sum(tl.where(allowed, p, 0.0), 1)
-        norm = tl.where(huge, tl.log2(total), 0.0)
-    tl.store(Norm + rows, norm, mask=inside)
+                allowed = allowed & MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+            p = tl.where(allowed, _weights(x, lse[:, None], norm[:, None], FOLDED), 0.0)
+            total += tl.sum(p, 1)
+            if EXACT:
+                v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, True)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                if DROPOUT:
+                    keep = keep_draw(seed, bh, first, start, BM, BN) >= threshold
+                    dp = tl.where(keep, dp * drop_scale, 0.0)
+                weighted += tl.sum(p * dp, 1)
+        norm = tl.where(live, tl.log2(total), 0.0)
+        if EXACT:
+            tl.store(Delta + at, tl.where(live, weighted / total, 0.0), mask=inside)
+    if not FOLDED:
+        tl.store(Norm + at, norm, mask=inside)
 
 
 # --- dk, dv -----------------------------------------------------------------------------------
@@ -144,7 +177,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     do = load_rows(do_base + offset * sgs, local, sgs, Sq - start, DV, DV_PAD, CHECK)  # [BM, DV_PAD]
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
     if DROPOUT:
-        keep = tl.trans(keep_draw(seed, bh, rows, kv_first, BM, BN)) >= threshold
+        keep = tl.trans(keep_draw(seed, bh, start, kv_first, BM, BN)) >= threshold
         dv = tl.dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.where(keep, dp * drop_scale, 0.0)
     else:
@@ -257,7 +290,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dq_tile(  # type: ignore[no-untyped-def]
-    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, rows, b, h, Sq, Skv,
+    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
     ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
@@ -289,7 +322,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
         p = tl.where(inside, p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
     if DROPOUT:
-        dp = tl.where(keep_draw(seed, bh, rows, start, BM, BN) >= threshold, dp * drop_scale, 0.0)
+        dp = tl.where(keep_draw(seed, bh, q_first, start, BM, BN) >= threshold, dp * drop_scale, 0.0)
     ds = p * (dp - delta[:, None])
     if ACCUMULATE is not None:
         ACCUMULATE(ds, s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums, gptrs, gnums)
@@ -350,7 +383,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
         start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
             dq = _dq_tile(
-                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
+                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, ACCUMULATE, SCALE, FOLDED,
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
             )  # fmt: skip
@@ -359,7 +392,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
         start = tile_start(Row + 2 + partial, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
             dq = _dq_tile(
-                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
+                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
             )  # fmt: skip
@@ -368,14 +401,14 @@ def backward_dq(  # type: ignore[no-untyped-def]
         whole = Skv // BN * BN
         for start in range(0, whole, BN):
             dq = _dq_tile(
-                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
+                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
             )  # fmt: skip
         if not EVEN:
             if whole < Skv:
                 dq = _dq_tile(
-                    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, rows, b, h, Sq, Skv, ptrs, nums,
+                    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first, rows, b, h, Sq, Skv, ptrs, nums,
                     gptrs, gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True, PRECISION,
                 )  # fmt: skip

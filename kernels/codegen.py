@@ -88,6 +88,7 @@ class Generated:
         scale: c where the score is exactly ``s*c`` with c > 0, so that no score code is needed.
         dscale: the derivative of the score by ``s`` where it is constant; else ``dscore`` is set.
         accumulate: adds the gradients of the wanted captures into their float32 buffers.
+        sums_rows: a wanted gradient is summed over the keys of a row, where the errors of dS add up.
     """
 
     score: Any
@@ -97,20 +98,25 @@ class Generated:
     scale: float | None
     dscale: float | None
     folded: bool
+    sums_rows: bool
 
 
 @functools.lru_cache(maxsize=1024)
 def generate(
-    program: ScoreProgram, captures: tuple[CaptureType, ...], grads: tuple[tuple[int, CaptureType], ...] = ()
+    program: ScoreProgram,
+    captures: tuple[CaptureType, ...],
+    grads: tuple[tuple[int, CaptureType], ...] = (),
+    fold: bool = True,
 ) -> Generated:
     """The functions of ``program`` over captures of these types.
 
-    ``grads`` lists the captures whose gradient is wanted, with the types of their buffers.
+    ``grads`` lists the captures whose gradient is wanted, with the types of their buffers.  Without
+    ``fold`` scores stay in natural units, which costs a multiplication and saves a rounding.
     """
     names = Names(program, captures)
     score, mask = program.score, program.mask
-    scale = _plain_scale(score)
-    folded = scale is not None or is_moderate(score, names.kinds)
+    scale = _plain_scale(score) if fold else None
+    folded = fold and (scale is not None or is_moderate(score, names.kinds))
     slope = derivative(score, S)
     dscale = float(slope.value) if slope.is_const else None
     functions = [_score_function(_in_base_2(score) if folded else score, names)]
@@ -126,7 +132,13 @@ def generate(
         scale=scale,
         dscale=dscale,
         folded=folded,
+        sums_rows=any(_sums_rows(score, program.captures[index]) for index, _ in grads),
     )
+
+
+def _sums_rows(score: Expr, capture: str) -> bool:
+    loads = (node for node in walk(score) if node.op == "load" and node.args[0] == capture)
+    return any("kv" not in variables(node) for node in loads)
 
 
 def _plain_scale(score: Expr) -> float | None:

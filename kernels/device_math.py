@@ -81,21 +81,25 @@ def block_max(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def keep_draw(seed, bh, q, kv_start, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One uniform int32 per element of a [BM, BN] tile; ``q`` is [BM], ``kv_start`` a multiple of BN.
+def keep_draw(seed, bh, q_start, kv_start, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One uniform int32 per element of the [BM, BN] tile at (q_start, kv_start), multiples of BM and BN.
 
-    Element (q, kv) takes lane (kv // 8) % 4 of Philox-4x32-7 at the counter (8 (kv // 32) + kv % 8, q, bh, 0), so
-    that the draw does not depend on the tile sizes (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3).
-    BN is a multiple of 32.
+    One call of Philox-4x32-7 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3) at the counter
+    (8 (kv // 32) + kv % 8, 8 (q // 16) + q % 8, bh, 0) serves 8 elements: its word (kv // 8) % 4, turned by 16 bits in
+    the rows with (q // 8) % 2 = 1.  So the draw does not depend on the tile sizes, every element is uniform
+    over 32 bits, and two that share a word depend on each other only where their upper 16 bits meet
+    the threshold exactly.  These are the elements that one thread holds in the layout of the tensor
+    cores.  BM is a multiple of 16, BN of 32.
     """
-    group = tl.arange(0, BN // 4) // 8
-    column = kv_start // 4 + group * 8 + tl.arange(0, BN // 4) % 8
-    c0 = column[None, :] + tl.zeros([BM, BN // 4], tl.int32)
-    c1 = q[:, None] + tl.zeros([BM, BN // 4], tl.int32)
+    rows: tl.constexpr = BM // 2
+    columns: tl.constexpr = BN // 4
+    row = q_start // 2 + tl.arange(0, rows)[:, None]
+    column = kv_start // 4 + tl.arange(0, columns)[None, :]
+    c0 = column + tl.zeros([rows, columns], tl.int32)
+    c1 = row + tl.zeros([rows, columns], tl.int32)
     r0, r1, r2, r3 = tl.philox(seed, c0, c1, c0 * 0 + bh, c0 * 0, n_rounds=7)
-    low = tl.join(r0, r2)  # [BM, BN/4, 2]: lanes 0 and 2
-    high = tl.join(r1, r3)  # lanes 1 and 3
-    lanes = tl.join(low, high)  # [BM, BN/4, 2, 2]: [..., i, j] is lane 2 i + j
-    lanes = tl.reshape(lanes, [BM, BN // 32, 8, 2, 2])
-    lanes = tl.permute(lanes, (0, 1, 3, 4, 2))  # [BM, BN/32, 2, 2, 8]
-    return tl.reshape(lanes, [BM, BN]).to(tl.int32, bitcast=True)
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [rows, columns, 2, 2]: [..., i, j] is word 2 i + j
+    draws = tl.join(words, (words << 16) | (words >> 16))  # [rows, columns, 2, 2, 2]
+    draws = tl.reshape(draws, [BM // 16, 8, BN // 32, 8, 2, 2, 2])
+    draws = tl.permute(draws, (0, 6, 1, 2, 4, 5, 3))
+    return tl.reshape(draws, [BM, BN]).to(tl.int32, bitcast=True)

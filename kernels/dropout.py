@@ -15,9 +15,10 @@ def keep_mask(Keep, Seed, Sq, Skv, threshold, BM: tl.constexpr, BN: tl.constexpr
     q_tiles, kv_tiles = (Sq + BM - 1) // BM, (Skv + BN - 1) // BN
     pid = tl.program_id(0)
     kv_start = pid % kv_tiles * BN
-    q = (pid // kv_tiles) % q_tiles * BM + tl.arange(0, BM)
+    q_start = (pid // kv_tiles) % q_tiles * BM
     bh = pid // kv_tiles // q_tiles
-    keep = keep_draw(tl.load(Seed), bh, q, kv_start, BM, BN) >= threshold
+    keep = keep_draw(tl.load(Seed), bh, q_start, kv_start, BM, BN) >= threshold
+    q = q_start + tl.arange(0, BM)
     kv = kv_start + tl.arange(0, BN)
     offset = (bh.to(tl.int64) * Sq + q[:, None]) * Skv + kv[None, :]
     tl.store(Keep + offset, keep, mask=(q < Sq)[:, None] & (kv < Skv)[None, :])
@@ -48,7 +49,7 @@ def dead_rows_out(  # type: ignore[no-untyped-def]
             start = tl.cast(i, tl.int32) * BN
             v_base = V + b64 * svb + kvh64 * svh + start.to(tl.int64) * 8 * svs
             v = load_rows(v_base, tl.arange(0, BN), svs, Skv - start, DV, DV_PAD, True)
-            keep = keep_draw(seed, bh, first + local, start, BM, BN) >= threshold
+            keep = keep_draw(seed, bh, first, start, BM, BN) >= threshold
             acc = tl.dot(tl.where(keep, 1.0, 0.0).to(v.dtype), v, acc, input_precision=PRECISION)
         acc = acc * (drop_scale / Skv)
         d = tl.arange(0, DV_PAD)
@@ -80,7 +81,7 @@ def dead_rows_dv(  # type: ignore[no-untyped-def]
             dead = lse == float("-inf")
             if tl.max(dead.to(tl.int32), 0) > 0:
                 do = load_rows(do_base + start.to(tl.int64) * 8 * sgs, local, sgs, Sq - start, DV, DV_PAD, True)
-                keep = (keep_draw(seed, bh, start + local, first, BM, BN) >= threshold) & dead[:, None]
+                keep = (keep_draw(seed, bh, start, first, BM, BN) >= threshold) & dead[:, None]
                 weights = tl.trans(tl.where(keep, 1.0, 0.0).to(do.dtype))
                 acc = tl.dot(weights, do, acc, input_precision=PRECISION)
     kv = tl.arange(0, BN)

@@ -54,7 +54,7 @@ def load_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    acc, l, m, q, k_base, v_base, sks, svs, start, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh, threshold,
+    acc, l, m, q, k_base, v_base, sks, svs, start, q_first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh, threshold,
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,7 +97,7 @@ def _attend(  # type: ignore[no-untyped-def]
     l = l * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     if DROPOUT:
-        draw = keep_draw(seed, bh, q_rows, start, BM, BN)
+        draw = keep_draw(seed, bh, q_first, start, BM, BN)
         p = tl.where(draw >= threshold, p, 0.0)
     v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -148,7 +148,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
         start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
             acc, l, m = _attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
+                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
                 threshold, SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
             )  # fmt: skip
             start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
@@ -156,7 +156,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
         start = tile_start(Row + 2 + partial, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
             acc, l, m = _attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
+                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
                 threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
             )  # fmt: skip
             start = tile_start(Row + 2 + partial, i + 1, num_tiles, BN, BLOCK)
@@ -164,13 +164,13 @@ def attention_forward(  # type: ignore[no-untyped-def]
         whole = Skv // BN * BN
         for start in range(0, whole, BN):
             acc, l, m = _attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
+                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
                 threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
             )  # fmt: skip
         if not EVEN:
             if whole < Skv:
                 acc, l, m = _attend(
-                    acc, l, m, q, k_base, v_base, sks, svs, whole, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
+                    acc, l, m, q, k_base, v_base, sks, svs, whole, first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
                     threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True, PRECISION,
                 )  # fmt: skip
 

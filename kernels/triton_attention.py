@@ -117,12 +117,16 @@ def backward(
         *(out, do, lse, lse_used, delta, *_strides(out), *_strides(do), site.heads, site.q_len),
         *(site.v_dim, site.dv_pad, code.folded, 64),
     )
-    norm = None if code.folded else _norm(site, code, q, k, lse)
+    norm = _row_sums(site, code, q, k, v, do, lse_used, delta)
     mask_and_scale = (code.score, code.mask, code.dscore)
     sizes = (site.dim, site.v_dim, site.d_pad, site.dv_pad, BLOCK, site.even, site.dropout, site.precision)
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(do))
     lengths = (site.heads, site.group, site.q_len, site.kv_len)
-    numbers = (site.threshold, site.drop_scale, 1.0 if code.dscale is None else code.dscale)
+    # The weight of a single key is the constant 1: rounding must not make a gradient of it.
+    constant = site.kv_len == 1
+    dscale = 0.0 if constant else 1.0 if code.dscale is None else code.dscale
+    accumulate = None if constant else code.accumulate
+    numbers = (site.threshold, site.drop_scale, dscale)
     extra = _dead_dv(site, do, lse)
     widest = max(site.d_pad, site.dv_pad)
     config = configs.choose("dkdv", widest, q.element_size())
@@ -143,7 +147,7 @@ def backward(
         *(q, k, v, do, dq, lse_used, delta, norm, site.kv_map, seed, site.ptrs, site.nums),
         *(tuple(buffers), tuple(n for s in buffer_strides for n in s), *strides, *_strides(dq)),
         *(*lengths, *_map_strides(site.kv_map), *numbers),
-        *(*mask_and_scale, code.accumulate, _log2_scale(code), code.folded, *sizes, config.bm, config.bn),
+        *(*mask_and_scale, accumulate, _log2_scale(code), code.folded, *sizes, config.bm, config.bn),
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -202,7 +206,7 @@ class _Site:
         self.kv_map, self.q_map = maps if maps else (None, None)
 
     def generate(self, grads: tuple[tuple[int, CaptureType], ...] = ()) -> Generated:
-        return generate(self.program, self.types, grads)
+        return generate(self.program, self.types, grads, self.precision != "ieee")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, dropout_p: float) -> None:
@@ -281,15 +285,23 @@ def _map_strides(kv_map: Tensor | None) -> tuple[int, int, int]:
 # --- dead rows and huge scores -----------------------------------------------------------------
 
 
-def _norm(site: _Site, code: Generated, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-    norm = torch.empty_like(lse)
-    bm, bn, warps, _ = configs.choose("dq", site.d_pad, q.element_size())
+def _row_sums(
+    site: _Site, code: Generated, q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor
+) -> Tensor | None:
+    """The norm of ``backward_rows``; replaces ``delta`` where do · out is not exact enough."""
+    exact = site.precision == "ieee" or code.sums_rows
+    if code.folded and not exact:
+        return None
+    norm = None if code.folded else torch.empty_like(lse)
+    bm, bn, warps, _ = configs.choose("dq", max(site.d_pad, site.dv_pad), q.element_size())
     launch(
-        backward_kernels.backward_norm,
+        backward_kernels.backward_rows,
         -(-site.q_len // bm) * site.batch * site.heads,
-        *(q, k, lse, norm, site.ptrs, site.nums, *_strides(q), *_strides(k)),
-        *(site.heads, site.group, site.q_len, site.kv_len),
-        *(code.score, code.mask, site.dim, site.d_pad, site.precision, bm, bn),
+        *(q, k, v, do, lse, norm, delta, site.seed, site.ptrs, site.nums),
+        *(*_strides(q), *_strides(k), *_strides(v), *_strides(do)),
+        *(site.heads, site.group, site.q_len, site.kv_len, site.threshold, site.drop_scale),
+        *(code.score, code.mask, _log2_scale(code), code.folded, exact),
+        *(site.dim, site.v_dim, site.d_pad, site.dv_pad, site.dropout, site.precision, bm, bn),
         num_warps=warps,
     )
     return norm
