@@ -31,6 +31,9 @@ _CAUSAL = compare("<=", KV, Q)
 _ROWS = 256
 """Rows per call where a mask needs tiles; the kernel's own blocks shrink below 192."""
 
+_SHORT_ROW = 48
+"""Keys per row below which the backward of the kernel loses exactness."""
+
 _WORTH_A_CALL = 1 << 20
 """Scores that take much longer than the overhead of one call."""
 
@@ -74,10 +77,12 @@ def backward(
     if 0 in (*q.shape[:3], k.shape[2]):
         grads = [empty_bhsd(t, t.shape).zero_() for t in (q, k, v)]
         return grads + [captures[i].new_zeros(captures[i].shape) for i in capture_grads]
-    form = form_of(program)
-    if dropout_p or capture_grads or not _is_native(form) or _has_short_rows(q, form):
-        return cpu_blas.backward(do, q, k, v, captures, ints, seed, program, dropout_p, capture_grads)
-    return _native_backward(_Native(q, k, v, captures, ints, program), do, q, k, v, out, lse)
+    if not (dropout_p or capture_grads) and _is_native(form_of(program)):
+        site = _Native(q, k, v, captures, ints, program)
+        every = list(site.tiles())
+        if not _has_short_rows(site, every):
+            return _native_backward(site, every, do, q, k, v, out, lse)
+    return cpu_blas.backward(do, q, k, v, captures, ints, seed, program, dropout_p, capture_grads)
 
 
 def dropout_mask(seed: Tensor, dropout_p: float, sizes: Sizes) -> Tensor:
@@ -95,16 +100,6 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 def _is_native(form: Form) -> bool:
     # Under a causal mask the kernel multiplies -inf by the scale.
     return form.scale is not None and form.scale > 0
-
-
-def _has_short_rows(q: Tensor, form: Form) -> bool:
-    """True where most rows may see few keys and the dtype shows the difference.
-
-    The kernel takes rowsum(P ∘ dP) from ``out``.  A softmax takes it from dP itself, so that its
-    error cancels in rows of few keys; in float32 the kernel is up to three times less exact there.
-    """
-    masks_rows = any("q" in form.uses(c) for c in form.conditions if c != _CAUSAL)
-    return masks_rows and q.dtype in (torch.float32, torch.float64)
 
 
 # --- the fused kernel ------------------------------------------------------------------------------
@@ -127,7 +122,7 @@ class _Native:
         self.ints = tuple(zip(program.ints, ints, strict=True))
         self.sizes: Sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         self.kv_heads = k.shape[1]
-        self.dtype = _lse_dtype(q)
+        self.q_dtype, self.dtype = q.dtype, _lse_dtype(q)
         # The kernel wants one head size.
         self.head_dim = max(q.shape[-1], v.shape[-1])
 
@@ -244,8 +239,30 @@ def _dead_rows(mask: Tensor | None, tile: Tile, lse: Tensor) -> Tensor | None:
     return dead if dead.any() else None
 
 
+def _has_short_rows(site: _Native, every: Sequence[Tile]) -> bool:
+    """True where every row may see few keys, and the dtype shows the difference.
+
+    The kernel takes rowsum(P ∘ dP) from ``out``.  A softmax takes it from dP itself, so that errors
+    cancel in a row of few keys; in float32 the kernel is up to three times less exact there.
+    """
+    if site.dtype != site.q_dtype:
+        return False
+    form = site.form
+    if any("q" in form.uses(c) for c in form.conditions if c != _CAUSAL):
+        return True
+    longest = max(min(t.k1 - t.k0, t.q1 - t.q0 if t.causal else t.k1 - t.k0) for t in every)
+    return longest < _SHORT_ROW
+
+
 def _native_backward(
-    site: _Native, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    site: _Native,
+    every: Sequence[Tile],
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
 ) -> list[Tensor]:
     batch, heads, q_len, kv_len = site.sizes
     like = (q, k, v)
@@ -269,7 +286,6 @@ def _native_backward(
             dq, dk, dv = dq.flatten(0, 1)[None], *(x.sum(1, dtype=site.dtype)[None] for x in (dk, dv))
         return dq, dk, dv
 
-    every = list(site.tiles())
     if every == [replace(every[0], b0=0, b1=batch, q0=0, q1=q_len, k0=0, k1=kv_len)]:
         dq, dk, dv = run(every[0])
     else:

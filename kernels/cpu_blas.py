@@ -216,6 +216,11 @@ def forward(
     return out, lse
 
 
+def _accumulator(capture: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of the shape of ``capture``; in float64 where that is small, as it sums over many tiles."""
+    return torch.zeros(capture.shape, dtype=torch.float64 if capture.numel() < _TILE_ELEMENTS else dtype)
+
+
 def backward(
     do: Tensor,
     q: Tensor,
@@ -233,7 +238,7 @@ def backward(
     scale = 1.0 if form.scale is None else form.scale
     keep_scale = 1.0 if site.dropout is None else site.dropout.scale
     dq, dk, dv = (empty_bhsd(t, t.shape) for t in (q, k, v))
-    wanted = {program.captures[i]: torch.zeros(captures[i].shape, dtype=site.dtype) for i in capture_grads}
+    wanted = {program.captures[i]: _accumulator(captures[i], site.dtype) for i in capture_grads}
     slopes = [
         (x, derivative(form.score, load(f"@{i}", ()))) for i, x in enumerate(form.loads) if x.name in wanted
     ]

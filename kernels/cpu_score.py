@@ -431,7 +431,7 @@ class TileValues(dict[str, Value]):
         """Adds ``gradient`` [b, H, rows, columns] of the tile's values of ``load`` to ``into``."""
         if load.direct:
             view = self._view(load, into)
-            view.add_(gradient.sum_to_size(view.shape))
+            view.add_(_sum_to(gradient, view.shape))
             return
         if load.by_distance is not None:
             indices = self._distance_indices(load)
@@ -440,8 +440,14 @@ class TileValues(dict[str, Value]):
             indices = tuple(torch.as_tensor(evaluate(i, self)) for i in load.node.operands)
         shape = torch.broadcast_shapes(*(i.shape for i in indices))
         shape = (1,) * (4 - len(shape)) + tuple(shape)
-        gradient = gradient.sum_to_size(shape)
+        gradient = _sum_to(gradient, shape).to(into.dtype)
         into.index_put_(tuple(i.expand(shape) for i in indices), gradient, accumulate=True)
+
+
+def _sum_to(gradient: Tensor, shape: Sequence[int]) -> Tensor:
+    """The sum over the axes that are 1 in ``shape``, in float64: it cancels over whole rows."""
+    axes = [axis for axis, size in enumerate(shape) if size == 1 and gradient.shape[axis] > 1]
+    return gradient.sum(axes, keepdim=True, dtype=torch.float64) if axes else gradient
 
 
 def _sum_by_distance(gradient: Tensor) -> Tensor:

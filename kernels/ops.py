@@ -138,6 +138,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.num_captures = len(captures)
     ctx.ints, ctx.program, ctx.dropout_p, ctx.variant = ints, program, dropout_p, variant
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:

@@ -79,7 +79,9 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
             for t in tensors[1:]:
                 result = result & _truth(t) if op == "and" else result | _truth(t)
             return result
-        return _FUNCTIONS[op](tensors[0] if tensors[0].is_floating_point() else tensors[0].double())
+        if op == "abs" or tensors[0].is_floating_point():
+            return _FUNCTIONS[op](tensors[0])
+        return _FUNCTIONS[op](tensors[0].double())
 
     return visit(e)
 
@@ -132,11 +134,12 @@ def attention_reference(
     batch, heads, q_len, _ = q.shape
     group = heads // k.shape[1]
     kv_len = k.shape[2]
-    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2)
+    products = q @ k.repeat_interleave(group, 1).transpose(-1, -2)
     captures = [c.to(q.dtype) if c.is_floating_point() else c for c in captures]
     env = environment(program, captures, ints, (batch, heads, q_len, kv_len), q.device)
-    env["s"] = scores
-    scores = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype, device=q.device).expand(scores.shape)
+    env["s"] = products
+    scores = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype, device=q.device).expand(products.shape)
+    raw = scores
     if program.mask is not None:
         allowed = _truth(torch.as_tensor(evaluate(program.mask, env), device=q.device)).expand(scores.shape)
         scores = scores.masked_fill(~allowed, float("-inf"))
@@ -144,8 +147,16 @@ def attention_reference(
     dead = (lse == float("-inf"))[..., None]
     # Not exp(scores - lse): where every score is −3.4e38, lse has no room for the log of the sum.
     weights = scores.masked_fill(dead, 0).softmax(-1)
-    of_dead = {"mean": 1 / max(kv_len, 1), "nan": float("nan")}.get(program.dead_rows, 0.0)
-    weights = torch.where(dead, of_dead, weights)
+    if program.dead_rows in ("uniform", "uniform_s"):
+        if program.dead_rows == "uniform_s":
+            env.update((name, c.detach()) for name, c in zip(program.captures, captures, strict=True))
+            raw = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype).expand(scores.shape)
+        # Equal scores whose gradients are those of the scores.
+        equal = torch.where(dead, raw - raw.detach(), 0)
+        weights = torch.where(dead, equal.softmax(-1), weights)
+    else:
+        of_dead = {"mean": 1 / max(kv_len, 1), "nan": float("nan")}.get(program.dead_rows, 0.0)
+        weights = torch.where(dead, of_dead, weights)
     if dropout_p:
         assert keep is not None
         weights = torch.where(keep, weights / (1 - dropout_p), 0)
