@@ -29,7 +29,7 @@ MIN_ROUNDS = 3
 BUDGET_S = 80.0
 """Time for all timed rounds together; fewer rounds are run where they would take longer."""
 
-WAYS: Mapping[str, tuple[str | None, str | None]] = {
+WAYS: Mapping[str, tuple[str | None, Any]] = {
     "eager": ("eager", None),
     "torch.compile": ("eager", "inductor"),
     "sdpa": ("sdpa", None),

@@ -22,7 +22,7 @@ from flashfuse.kernels.expr import (
     walk,
 )
 
-DeadRows = Literal["none", "mean", "nan", "zero"]
+DeadRows = Literal["none", "uniform", "uniform_s", "mean", "nan", "zero"]
 
 _RESERVED = {"s", *INDEX_VARS, *LENGTHS}
 
@@ -81,10 +81,20 @@ class ScoreProgram:
     Attributes:
         score: the score; real-valued.  Never −inf: what is masked is said by ``mask``.
         mask: true = attend; ``None`` = every key.
-        dead_rows: the output of a row with no key allowed: ``mean`` of v over *all* keys (what an
-            additive finite minimum does), ``nan`` (−inf), ``zero`` (SDPA), or ``none`` when the
-            program proves that every row has a key.  A row can also be dead without a mask, where
+        dead_rows: what a row with no key allowed gives.  A row can also be dead without a mask, where
             a captured float tensor holds −inf.
+
+            ============  =======================================  ==================================
+            ``none``      proved not to happen
+            ``uniform``   average of v over *all* keys: a finite   gradients as of equal scores, to
+                          minimum is added to the scores           q, k, v and the captures
+            ``uniform_s`` the same, where the captures are masked  gradients to q, k and v only
+                          before they are added
+            ``mean``      the same, where the scores are replaced  gradient to v only
+                          by the minimum
+            ``nan``       NaN: the scores are −inf                 NaN
+            ``zero``      0: SDPA, ``_safe_softmax``               0
+            ============  =======================================  ==================================
     """
 
     score: Expr
