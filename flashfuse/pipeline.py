@@ -10,16 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
+from flashfuse.checker import SiteChecker
 from flashfuse.options import Options
 from flashfuse.passes import nodes
 from flashfuse.passes.find import AttentionRegion, find_regions
-from flashfuse.passes.plan import Fuse, Left, SitePlan, plan
+from flashfuse.passes.plan import Fuse, SitePlan, plan
 from flashfuse.passes.rewrite import copy_graph_module, rewrite
 from flashfuse.report import Report, SiteCheck, SiteReport
-from flashfuse.checker import SiteChecker
 
 
 def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Report]:
@@ -27,13 +26,16 @@ def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Report]:
 
     Graphs inside the graph (activation checkpointing, autocast regions) are rewritten too.
     """
-    started = time.perf_counter()
+    clock = time.perf_counter
+    started = clock()
     new = copy_graph_module(gm)
     plans = plan(find_regions(new.graph))
     checker = SiteChecker() if options.verify == "full" else None
     checks: dict[str, SiteCheck] = {}
     if checker is not None:
+        before = clock()
         plans, checks = checker.check_all(plans)
+        started += clock() - before
     plans = rewrite(new, plans)
     sites = [site_report(p, checks.get(p.region.name if isinstance(p, Fuse) else p.site.name)) for p in plans]
     changed = any(isinstance(p, Fuse) for p in plans)
@@ -49,7 +51,7 @@ def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Report]:
         graph_name=type(gm).__name__,
         num_nodes_before=len(gm.graph.nodes),
         num_nodes_after=len(new.graph.nodes),
-        pass_ms=(time.perf_counter() - started) * 1e3,
+        pass_ms=(clock() - started) * 1e3,
     )
     return (new if changed else gm), report
 
@@ -61,7 +63,7 @@ def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
     reasons = () if isinstance(plan, Fuse) else plan.reasons
     if not isinstance(region, AttentionRegion):
         return SiteReport(region.name, "left", reasons, source=region.source)
-    refused = tuple(f"{name} not used: {r.message}" for name, r in plan.selection.refused) if isinstance(plan, Fuse) else ()
+    refused = [(n, r) for n, r in plan.selection.refused if r.code != "device"] if isinstance(plan, Fuse) else []
     return SiteReport(
         name=region.name,
         status="fused" if fused else "left",
@@ -75,7 +77,7 @@ def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
         source=region.source,
         cost=plan.cost if isinstance(plan, Fuse) else None,
         variant=plan.selection.variant.name if isinstance(plan, Fuse) else "",
-        notes=(*region.notes, *refused),
+        notes=(*region.notes, *(f"{name} not used: {r.message}" for name, r in refused)),
         check=check,
     )
 

@@ -7,6 +7,7 @@ for rows that have no key.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -23,69 +24,89 @@ FINITE_MASK = -1e9
 
 @dataclass(frozen=True)
 class Masked:
-    """``score`` where ``allowed``, else one of ``fills``; ``terms`` counts masks that were added up."""
+    """``score`` where ``allowed``, else one of ``fills``.
+
+    Attributes:
+        added: how many masks were added up.
+        blocked: the score and the loads that the fill replaces, so that no gradient reaches them
+            where the mask is false.
+    """
 
     score: Expr
-    allowed: Expr
+    allowed: Expr = E.TRUE
     fills: frozenset[float] = frozenset()
-    terms: int = 0
+    added: int = 0
+    blocked: frozenset[Expr] = frozenset()
 
 
 def _is_mask_value(e: Expr, lowest: float) -> bool:
     return e.is_const and not isinstance(e.value, bool) and (e.value <= FINITE_MASK or e.value <= lowest)
 
 
+def _inputs(e: Expr) -> frozenset[Expr]:
+    """The score and the loads in ``e``: what a gradient can flow to."""
+    return frozenset(n for n in E.walk(e) if n == S or n.op == "load")
+
+
 def split(e: Expr, lowest: float) -> Masked:
     """``e`` as a score and a condition; ``lowest`` is the finite minimum of the score's dtype."""
     if e.op == "where":
-        condition, a, b = e.args
-        if _is_mask_value(b, lowest) or _is_mask_value(a, lowest):
-            kept, fill, allowed = (a, b, condition) if _is_mask_value(b, lowest) else (b, a, E.logical_not(condition))
-            if _is_mask_value(kept, lowest):
-                return Masked(kept, E.TRUE)
-            inner = split(kept, lowest)
-            terms = inner.terms + 1
-            # where() over an already masked score replaces, it does not add: rows stay uniform.
-            fills = inner.fills | {float(fill.value)}
-            return Masked(inner.score, E.logical_and(inner.allowed, allowed), fills, terms if len(fills) > 1 else 1)
-        left, right = split(a, lowest), split(b, lowest)
-        if left.terms == 0 and right.terms == 0:
-            return Masked(e, E.TRUE)
-        if left.fills == right.fills or not left.fills or not right.fills:
-            allowed = E.logical_or(
-                E.logical_and(condition, left.allowed), E.logical_and(E.logical_not(condition), right.allowed)
-            )
-            return Masked(
-                E.where(condition, left.score, right.score), allowed, left.fills | right.fills, max(left.terms, right.terms)
-            )
-        return Masked(e, E.TRUE)
+        return _split_where(*e.args, lowest) or Masked(e)
     if e.op == "+":
         parts = [split(a, lowest) for a in e.operands]
         return Masked(
             E.add(*(p.score for p in parts)),
             E.logical_and(*(p.allowed for p in parts)),
             frozenset().union(*(p.fills for p in parts)),
-            sum(p.terms for p in parts),
+            sum(p.added for p in parts),
+            frozenset().union(*(p.blocked for p in parts)),
         )
     if e.op == "*" and e.args[1].is_const and e.args[1].value > 0:
         inner = split(e.args[0], lowest)
-        scaled = frozenset(f * e.args[1].value for f in inner.fills)
-        if inner.terms and all(f <= FINITE_MASK or f <= lowest for f in scaled):
-            return Masked(E.mul(inner.score, e.args[1]), inner.allowed, scaled, inner.terms)
-        return Masked(e, E.TRUE)
+        fills = frozenset(f * e.args[1].value for f in inner.fills)
+        if all(f <= FINITE_MASK or f <= lowest for f in fills):
+            return dataclasses.replace(inner, score=E.mul(inner.score, e.args[1]), fills=fills)
     if e.op == "max" and any(_is_mask_value(a, lowest) for a in e.args):
         # A floor at the finite minimum: −inf fills become that minimum, the rest is above it.
         floor, a = (e.args[1], e.args[0]) if _is_mask_value(e.args[1], lowest) else (e.args[0], e.args[1])
         inner = split(a, lowest)
-        if inner.terms:
-            return Masked(inner.score, inner.allowed, frozenset({max(float(floor.value), f) for f in inner.fills}), 1)
-    return Masked(e, E.TRUE)
+        if inner.added:
+            fills = frozenset(max(float(floor.value), f) for f in inner.fills)
+            return dataclasses.replace(inner, fills=fills, added=1, blocked=_inputs(inner.score))
+    return Masked(e)
 
 
-def program(score: Expr, dtype: torch.dtype, lift: Lift, shape: AttentionShape, from_sdpa: bool) -> ScoreProgram | Reason:
-    """The program of a lifted score; ``dtype`` is that of the tensor handed to the softmax."""
-    lowest = torch.finfo(dtype).min
-    masked = split(score, lowest)
+def _split_where(condition: Expr, a: Expr, b: Expr, lowest: float) -> Masked | None:
+    if _is_mask_value(a, lowest) and not _is_mask_value(b, lowest):
+        condition, a, b = E.logical_not(condition), b, a
+    left = split(a, lowest)
+    if _is_mask_value(b, lowest):
+        # A fill over an already masked score replaces it, it does not add up.
+        fills = left.fills | {float(b.value)}
+        allowed = E.logical_and(left.allowed, condition)
+        return Masked(left.score, allowed, fills, max(left.added, 1), left.blocked | _inputs(left.score))
+    right = split(b, lowest)
+    if not left.added and not right.added:
+        return None
+    allowed = E.logical_or(
+        E.logical_and(condition, left.allowed), E.logical_and(E.logical_not(condition), right.allowed)
+    )
+    score = E.where(condition, left.score, right.score)
+    return Masked(
+        score, allowed, left.fills | right.fills, max(left.added, right.added), left.blocked | right.blocked
+    )
+
+
+def program(
+    score: Expr, dtype: torch.dtype, lift: Lift, shape: AttentionShape, safe: bool
+) -> ScoreProgram | Reason:
+    """The program of a lifted score.
+
+    Args:
+        dtype: that of the tensor handed to the softmax.
+        safe: the softmax gives 0 for rows of −inf (SDPA), not NaN.
+    """
+    masked = split(score, torch.finfo(dtype).min)
     clean = lift.simplify(masked.score)
     allowed = lift.simplify(masked.allowed)
     if not E.contains(clean, S):
@@ -97,20 +118,35 @@ def program(score: Expr, dtype: torch.dtype, lift: Lift, shape: AttentionShape, 
     if allowed == E.FALSE:
         return Reason("all_masked", "no key is ever allowed")
     mask = None if allowed == E.TRUE else allowed
-    may_be_infinite = any(n.op == "load" for n in E.walk(clean))
-    dead: DeadRows = "zero" if from_sdpa else "nan"
+    infinite: DeadRows = "zero" if safe else "nan"
     if mask is None or _every_row_has_a_key(mask, lift, shape):
         # A captured float mask can still hold −inf in a whole row.
-        return ScoreProgram(clean, mask, dead if may_be_infinite else "none")
-    if masked.fills != {-math.inf}:
-        if masked.terms > 1 or len(masked.fills) > 1:
-            return Reason(
-                "dead_rows_unclear",
-                "several finite masks are added up, so the weights of a fully masked row depend on their overlap",
-                hint="combine the conditions before turning them into numbers",
-            )
-        dead = "mean"
-    return ScoreProgram(clean, mask, dead)
+        return ScoreProgram(clean, mask, infinite if any(n.op == "load" for n in E.walk(clean)) else "none")
+    dead = infinite if masked.fills == {-math.inf} else _finite_dead_rows(masked, clean)
+    return dead if isinstance(dead, Reason) else ScoreProgram(clean, mask, dead)
+
+
+def _finite_dead_rows(masked: Masked, clean: Expr) -> DeadRows | Reason:
+    """The rule for rows in which every score became a finite minimum."""
+    if masked.added > 1 or len(masked.fills) > 1:
+        return Reason(
+            "dead_rows_unclear",
+            "several masks are added up, so the weights of a fully masked row depend on their overlap",
+            hint="combine the conditions before turning them into numbers",
+        )
+    loads = _inputs(clean) - {S}
+    if S in masked.blocked:
+        if loads <= masked.blocked:
+            return "mean"
+    elif not loads & masked.blocked:
+        return "uniform"
+    elif loads <= masked.blocked:
+        return "uniform_s"
+    return Reason(
+        "dead_rows_unclear",
+        "a tensor is added after the scores were masked, so the weights of a fully masked row depend on it",
+        hint="mask after the last addition",
+    )
 
 
 def _every_row_has_a_key(mask: Expr, lift: Lift, shape: AttentionShape) -> bool:

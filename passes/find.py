@@ -195,9 +195,7 @@ def _row_maximum(peak: Any, x: fx.Node, dim: int) -> tuple[fx.Node, ...] | None:
         if op.name in ("amax", "max"):
             fits = op.input is x and op.get("keepdim", False) and _single_dim(op, x) == dim
             return tuple(through) if fits else None
-        if op.name == "getitem" and op.args["index"] == 0:
-            peak = op.input
-        elif op.name == "detach":
+        if (op.name == "getitem" and op.args["index"] == 0) or op.name == "detach":
             peak = op.input
         else:
             return None

@@ -71,6 +71,7 @@ class Emitter:
     maps: dict[Any, list[fx.Node]] = field(default_factory=dict)
     _key: str = "val"
     _template: dict[str, Any] = field(default_factory=dict)
+    _mode: Any = None
 
     # --- nodes ----------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ class Emitter:
         op = "call_method" if isinstance(target, str) else "call_function"
         values = fx.map_arg((args, kwargs), nodes.value)
         run = getattr(torch.Tensor, target) if isinstance(target, str) else target
-        with _fake_mode(values):
+        with self._mode or contextlib.nullcontext():
             example = run(*values[0], **values[1])
         node = self.graph.create_node(op, target, args, kwargs)
         node.meta = dict(self._template)
@@ -129,6 +130,9 @@ class Emitter:
     def site(self, region: AttentionRegion, variant: str, needs_block_map: bool) -> fx.Node:
         """The operator call for ``region`` and what brings its inputs and output into order."""
         s, program = region.shape, region.program
+        example = nodes.value(region.output)
+        # randint and the like take no tensor that would say that values are fake.
+        self._mode = example.fake_mode if isinstance(example, FakeTensor) else None
         q = self.bhsd(region.q, Q, s.batch, s.num_q_heads, s.num_q_heads, s.dtype)
         k = self.bhsd(region.k, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype)
         v = self.bhsd(region.v, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype)
@@ -245,20 +249,3 @@ def _any_strides(node: fx.Node, depth: int = 4) -> bool:
         if op.name not in ("transpose", "permute", "reshape", "flatten") or not _any_strides(user, depth - 1):
             return False
     return True
-
-
-@contextlib.contextmanager
-def _fake_mode(values: Any) -> Any:
-    """The fake mode of the example values, where they have one."""
-    mode = None
-
-    def look(value: Any) -> Any:
-        nonlocal mode
-        if isinstance(value, FakeTensor):
-            mode = value.fake_mode
-        return value
-
-    fx.map_arg(values, look)
-    torch.utils._pytree.tree_map(look, values)
-    with mode or contextlib.nullcontext():
-        yield
