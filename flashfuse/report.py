@@ -188,10 +188,8 @@ def _plain(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)
 
 
-def format_bytes(count: Any) -> str:
+def format_bytes(count: int) -> str:
     """``12.3 MB``; decimal units, as memory bandwidth is quoted."""
-    if type(count) not in (int, float):
-        return str(count)
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 999.5:
@@ -296,9 +294,10 @@ def _facts_of(site: SiteReport) -> Iterable[tuple[str, str]]:
         yield "dropout", f"{site.dropout_p:g}"
     if site.variant:
         yield "kernels", site.variant
-    if site.cost is not None:
-        before, after = format_bytes(site.cost.hbm_bytes_before), format_bytes(site.cost.hbm_bytes_after)
-        yield "traffic", f"{before} → {after}" if site.status == "fused" else before
+    if site.cost is not None and site.status == "fused":
+        before, after = site.cost.hbm_bytes_before, site.cost.hbm_bytes_after
+        if type(before) is type(after) is int:
+            yield "traffic", f"{format_bytes(before)} → {format_bytes(after)}"
     if site.source:
         yield "source", _short(site.source)
     for reason in site.reasons:
