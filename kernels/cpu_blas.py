@@ -55,7 +55,7 @@ class Dropout:
         self.threshold = min(round(p * 2**32), 2**32 - 1) - (1 << 31)
 
     def keep_bits(self, tile: Tile) -> Tensor:
-        """[H, rows, columns] int32: all ones where kept, 0 where dropped."""
+        """[H, rows, columns] int32: 1 where kept, 0 where dropped."""
         rows = self.rows[tile.b0, :, tile.q0 : tile.q1, None]
         columns = self.columns[tile.b0, :, None, tile.k0 : tile.k1]
         x = rows + columns
@@ -63,7 +63,7 @@ class Dropout:
         # down, and the odd factor carries them up again.  The sign and what follows it decide.
         x = torch.addcmul(x, x, x, value=2)
         x.bitwise_xor_(x >> 15).mul_(0x2C1B3C6D)
-        return x.ge_(self.threshold).neg_()
+        return x.ge_(self.threshold)
 
 
 def _to_one_word(seed: Tensor) -> int:
@@ -76,9 +76,10 @@ def _to_one_word(seed: Tensor) -> int:
 def _drop(weights: Tensor, bits: Tensor) -> None:
     """Zeroes the dropped weights in place."""
     if weights.dtype == torch.float32:
-        weights.view(torch.int32).bitwise_and_(bits)
+        # As integers of one width: mixed types would convert element by element.
+        weights.view(torch.int32).mul_(bits)
     else:
-        weights.mul_(bits != 0)
+        weights.mul_(bits)
 
 
 class _Site:
@@ -119,16 +120,21 @@ class _Site:
         return rows.reshape(self.kv_heads, -1, x.shape[-1])
 
     def weights(self, tile: Tile, q_rows: Tensor, k: Tensor) -> _Weights:
-        """Softmax weights of a tile that is not empty, before dropout; scale is already in ``q_rows``."""
+        """Softmax weights of a tile that is not empty, before dropout."""
         form, values = self.form, self.values(tile)
-        heads, rows = self.sizes[1], tile.q1 - tile.q0
-        products = torch.bmm(q_rows, k[:, tile.k0 : tile.k1].mT).view(1, heads, rows, -1)
+        shape = (1, self.sizes[1], tile.q1 - tile.q0, tile.k1 - tile.k0)
+        keys = k[:, tile.k0 : tile.k1].mT
         if form.scale is not None:
-            scores = products
             additive = additive_of(values, tile)
-            if additive is not None:
-                scores.add_(additive)
+            stacked = (q_rows.shape[0], q_rows.shape[1], keys.shape[-1])
+            if additive is None:
+                scores = torch.baddbmm(q_rows.new_empty(()), q_rows, keys, beta=0, alpha=form.scale)
+            else:
+                additive = additive.expand(shape).reshape(stacked)
+                scores = torch.baddbmm(additive, q_rows, keys, alpha=form.scale)
+            scores = scores.view(shape)
         else:
+            products = torch.bmm(q_rows, keys).view(shape)
             values["s"] = products
             scores = values.tensor(form.score).to(self.dtype).expand(products.shape)
             allowed = allowed_of(values, tile)
@@ -194,7 +200,6 @@ def forward(
     batch, heads, q_len, _ = site.sizes
     out = empty_bhsd(q, (batch, heads, q_len, v.shape[-1]))
     lse = torch.empty(batch, heads, q_len, dtype=site.dtype)
-    scale = 1.0 if site.form.scale is None else site.form.scale
     for tile in site.tiles():
         b, rows = tile.b0, slice(tile.q0, tile.q1)
         if tile.is_empty and site.keeps_dead_rows_zero:
@@ -204,7 +209,7 @@ def forward(
         if tile.is_empty:
             tile = tile.widened(site.form, k.shape[2])
         k_b, v_b = k[b].to(site.dtype), v[b].to(site.dtype)
-        w = site.weights(tile, site.stacked(q, tile) * scale, k_b)
+        w = site.weights(tile, site.stacked(q, tile), k_b)
         if site.dropout is not None:
             _drop(w.weights, site.dropout.keep_bits(w.tile))
         weights = w.weights.view(site.kv_heads, -1, w.weights.shape[-1])
@@ -254,7 +259,7 @@ def backward(
         else:
             if tile.is_empty:
                 tile = tile.widened(form, k.shape[2])
-            q_rows, do_rows = site.stacked(q, tile) * scale, site.stacked(do, tile) * keep_scale
+            q_rows, do_rows = site.stacked(q, tile), site.stacked(do, tile) * keep_scale
             w = site.weights(tile, q_rows, k_b)
             columns = slice(w.tile.k0, w.tile.k1)
             stacked = (site.kv_heads, -1, w.weights.shape[-1])
@@ -277,7 +282,7 @@ def backward(
                 d_score = d_score * w.values.tensor(score_slope)[0]
             d_score = d_score.view(stacked)
             dq[b, :, rows] = torch.bmm(d_score, k_b[:, columns]).mul_(scale).view(heads, -1, q.shape[-1])
-            dk_b[:, columns] += torch.bmm(d_score.mT, q_rows)
+            dk_b[:, columns] += torch.bmm(d_score.mT, q_rows).mul_(scale)
         if tile.q1 == q.shape[2]:
             dk[b], dv[b] = dk_b, dv_b
     return [dq, dk, dv, *(wanted[program.captures[i]].to(captures[i].dtype) for i in capture_grads)]
