@@ -1,0 +1,202 @@
+"""Whole models at real sizes: flashfuse against eager, torch.compile, sdpa and sdpa + compile.
+
+    python benchmarks/models.py                    # the workloads for this machine
+    python benchmarks/models.py gpt2-train-16x1024 # one of them
+
+Unmodified Transformers code with random weights.  Every workload first checks flashfuse's outputs
+against the rewritten graph's rule (``flashfuse.verify``) at a small size of the same model, then times
+all ways in interleaved rounds in this process.  Results go to ``benchmarks/results/models-*.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import flashfuse
+from flashfuse.bench import Bench, machine_line, measure
+
+ALL = ("eager", "torch.compile", "sdpa", "sdpa + compile", "flashfuse")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, its inputs, and which ways to run it can finish."""
+
+    name: str
+    device: str
+    dtype: torch.dtype
+    train: bool
+    build: Callable[[], torch.nn.Module]
+    inputs: Callable[[torch.device], dict[str, Any]]
+    small: Callable[[torch.device], dict[str, Any]]
+    ways: tuple[str, ...] = ALL
+
+
+def _ids(batch: int, length: int, vocab: int, pad: str = "") -> Callable[[torch.device], dict[str, Any]]:
+    """Random tokens; ``pad`` is "", "left" or "right": entry i keeps between half and all of its tokens."""
+
+    def make(device: torch.device) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        made = {"input_ids": torch.randint(0, vocab, (batch, length), generator=generator)}
+        if pad:
+            kept = torch.linspace(length / 2, length, batch).long()[:, None]
+            position = torch.arange(length)[None]
+            mask = position >= length - kept if pad == "left" else position < kept
+            made["attention_mask"] = mask.long()
+        return {name: t.to(device) for name, t in made.items()}
+
+    return make
+
+
+def _gpt2() -> torch.nn.Module:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=4096, use_cache=False))
+
+
+def _bert() -> torch.nn.Module:
+    return transformers.BertModel(transformers.BertConfig())
+
+
+def _llama() -> torch.nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        intermediate_size=8192, vocab_size=128_256, max_position_embeddings=131_072, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaModel(config)
+
+
+def _mistral() -> torch.nn.Module:
+    config = transformers.MistralConfig(
+        num_hidden_layers=8, sliding_window=4096, max_position_embeddings=131_072, use_cache=False
+    )
+    return transformers.MistralModel(config)
+
+
+WORKLOADS = (
+    Workload("gpt2-inference-4x512", "cpu", torch.float32, False, _gpt2, _ids(4, 512, 50257, "right"), _ids(2, 64, 50257, "right")),
+    Workload("bert-inference-4x512", "cpu", torch.float32, False, _bert, _ids(4, 512, 30522, "right"), _ids(2, 64, 30522, "right")),
+    Workload("gpt2-train-2x512", "cpu", torch.float32, True, _gpt2, _ids(2, 512, 50257), _ids(2, 64, 50257)),
+    Workload("gpt2-inference-1x2048", "cpu", torch.float32, False, _gpt2, _ids(1, 2048, 50257), _ids(1, 200, 50257)),
+    Workload("gpt2-train-16x1024", "cuda", torch.bfloat16, True, _gpt2, _ids(16, 1024, 50257), _ids(2, 200, 50257)),
+    Workload("llama-prefill-2x8192-left-padded", "cuda", torch.bfloat16, False, _llama, _ids(2, 8192, 128_256, "left"), _ids(2, 300, 128_256, "left")),
+    Workload("mistral-prefill-1x32768-window-4096", "cuda", torch.bfloat16, False, _mistral, _ids(1, 32768, 32000), _ids(1, 300, 32000), ("sdpa", "sdpa + compile", "flashfuse")),
+)  # fmt: skip
+
+
+def run(work: Workload, rounds: int, ways: tuple[str, ...]) -> Bench:
+    """Check, then time, one workload."""
+    device = torch.device(work.device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = work.build()
+    model = model.to(work.dtype).train(work.train)
+    equal = _equal(model, work, device)
+    inputs = work.inputs(device)
+    steps: dict[str, Callable[[], object]] = {}
+    for way in ways:
+        attention = "sdpa" if way.startswith("sdpa") else "eager"
+        backend = "flashfuse" if way == "flashfuse" else "inductor" if "compile" in way else None
+        steps[way] = _step(_twin(model, attention), backend, inputs, work.train)
+    flashfuse.clear_reports()
+    budget = 240.0 if device.type == "cpu" else 60.0
+    rows = measure(steps, device, rounds=rounds, budget_s=budget, on_step=lambda s: print(f"  {s}", file=sys.stderr))
+    reports = flashfuse.reports()
+    fused = sum(r.num_fused for r in reports)
+    notes = [f"{fused} of {sum(r.num_sites for r in reports)} sites fused; {_variants(reports)}"]
+    notes += [w for r in reports for w in r.warnings]
+    return Bench(f"{work.name} ({str(work.dtype)[6:]}, {_parameters(model)})", machine_line(device), rows, equal, tuple(notes))
+
+
+def _variants(reports: tuple[flashfuse.Report, ...]) -> str:
+    return ", ".join(sorted({s.variant for r in reports for s in r.sites if s.variant}))
+
+
+def _parameters(model: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters"
+
+
+def _equal(model: torch.nn.Module, work: Workload, device: torch.device) -> bool:
+    """The rule at a small size: outputs, and gradients where the workload trains."""
+    twin = copy.deepcopy(model)
+    with torch.set_grad_enabled(work.train):
+        check = flashfuse.verify(twin, backward=work.train, **work.small(device))
+    if not check.ok:
+        print(check, file=sys.stderr)
+    del twin
+    gc.collect()
+    torch._dynamo.reset()
+    return check.ok
+
+
+def _twin(model: torch.nn.Module, attention: str) -> torch.nn.Module:
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(t): t for t in tensors})
+    twin.set_attn_implementation(attention)  # type: ignore[operator]
+    return twin
+
+
+def _step(
+    model: torch.nn.Module, backend: str | None, inputs: Mapping[str, Any], train: bool
+) -> Callable[[], object]:
+    if not train:
+        compiled = torch.compile(model, backend=backend) if backend else model
+
+        def infer() -> object:
+            with torch.no_grad():
+                return compiled(**inputs)
+
+        return infer
+
+    def loss_of(**kwargs: Any) -> torch.Tensor:
+        return model(**kwargs, labels=kwargs["input_ids"]).loss
+
+    compiled_loss = torch.compile(loss_of, backend=backend) if backend else loss_of
+
+    def train_step() -> object:
+        compiled_loss(**inputs).backward()
+        # Freed inside the step: the ways share their weights.
+        model.zero_grad(set_to_none=True)
+        return None
+
+    return train_step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("workloads", nargs="*", help="default: those of this machine's device")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ways", help="comma-separated, default all")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = [w for w in WORKLOADS if (w.name in args.workloads if args.workloads else w.device == device)]
+    unknown = set(args.workloads) - {w.name for w in WORKLOADS}
+    if unknown or not chosen:
+        parser.error(f"unknown workload {', '.join(unknown)}; known: {', '.join(w.name for w in WORKLOADS)}")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    for work in chosen:
+        ways = tuple(args.ways.split(",")) if args.ways else work.ways
+        print(f"{work.name}", file=sys.stderr, flush=True)
+        bench = run(work, args.rounds, ways)
+        print(bench, flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"models-{work.name}.md").write_text(f"```\n{bench}\n```\n")
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        torch._dynamo.reset()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
