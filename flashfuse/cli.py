@@ -126,17 +126,17 @@ def _explain(options: argparse.Namespace) -> int:
 
     out, progress = _open(options)
     loaded, inputs = _load(options, progress)
-    out.print(loaded.description, style="bold")
-    out.print(_inputs_line(inputs, options.train), style="dim")
+    _show(out, loaded.description, "bold")
+    _show(out, _inputs_line(inputs, options.train), "dim")
     with progress.step("looking for attention, checking sites and the whole model"):
         report: Report = flashfuse.explain(loaded.model, **inputs)
-    out.print()
-    out.print(report)
+    _show(out, "")
+    _show(out, report)
     bench = None
     if options.bench:
         bench = _bench(options, loaded, inputs, report, progress)
-        out.print()
-        out.print(bench)
+        _show(out, "")
+        _show(out, bench)
     if options.json is not None:
         results = {"model": loaded.description, "inputs": _inputs_line(inputs, options.train)}
         _write_json(
@@ -150,11 +150,11 @@ def _verify(options: argparse.Namespace) -> int:
 
     out, progress = _open(options)
     loaded, inputs = _load(options, progress)
-    out.print(loaded.description, style="bold")
-    out.print(_inputs_line(inputs, options.train), style="dim")
+    _show(out, loaded.description, "bold")
+    _show(out, _inputs_line(inputs, options.train), "dim")
     with progress.step("checking outputs and gradients against float64"):
         check: ModelCheck = flashfuse.verify(loaded.model, backward=True, **inputs)
-    out.print(str(check), highlight=False, markup=False)
+    _show(out, check)
     if options.json is not None:
         results = {"model": loaded.description, "inputs": _inputs_line(inputs, options.train)}
         _write_json(options.json, results | {"check": check.to_dict()})
@@ -184,17 +184,20 @@ def _open(options: argparse.Namespace) -> tuple[Console, _Progress]:
 
     from rich.console import Console
 
-    from flashfuse.report import WIDTH
-
     if options.json is not None:
         _check_writable(options.json)
     options.device = _device(options.device)
     # Advice of the libraries to their own developers; what concerns the user is in the report.
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\.")
-    out = Console(highlight=False, markup=False)
-    if not out.is_terminal:
-        out = Console(highlight=False, markup=False, width=WIDTH)
-    return out, _Progress(Console(stderr=True))
+    return Console(highlight=False, markup=False), _Progress(Console(stderr=True))
+
+
+def _show(out: Console, what: Report | Bench | ModelCheck | str, style: str | None = None) -> None:
+    """Colours and the window's width on a terminal; in a file the same text wherever it is made."""
+    if out.is_terminal:
+        out.print(what, style=style)
+    else:
+        print(what, file=out.file)
 
 
 def _device(name: str | None) -> torch.device:

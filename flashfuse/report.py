@@ -77,7 +77,10 @@ class ModelCheck:
     peak_bytes: int | None = None
 
     def __str__(self) -> str:
-        return plain_text(Group(*_render_check("model", self.items, self.ok)))
+        return plain_text(self)
+
+    def __rich__(self) -> RenderableType:
+        return Group(*_render_check("model", self.items, self.ok))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
