@@ -11,7 +11,8 @@ With P the softmax weights, R the dropout keep-mask over 1 − p (1 without drop
 
 One kernel walks the queries of a tile of keys (dk, dv; it sums over the heads of a group), one the
 keys of a tile of queries (dq, captures).  P is recomputed as 2^(x − lse).  A dead row has lse = +∞
-here, so that its weights vanish; what the mode adds to dv comes in as ``Extra``.
+here, so that its weights vanish.  Where such rows attend to every key alike, the same kernels run
+once more as UNIFORM, over all tiles with a dead row: P is 1/Skv there, and 0 in other rows.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import LOG2E, keep_draw
+from flashfuse.kernels.device_math import LOG2E, dot_add, keep_draw
 from flashfuse.kernels.forward import load_rows, tile_start
 
 HUGE_LSE: tl.constexpr = tl.constexpr(4096.0)
 
 
 @triton.jit
-def _weights(x, lse, norm, FOLDED: tl.constexpr):  # type: ignore[no-untyped-def]
-    if FOLDED:
+def _weights(x, lse, norm, Skv, FOLDED: tl.constexpr, UNIFORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    if UNIFORM:
+        return tl.where(lse == float("inf"), 1.0 / Skv, 0.0) + tl.zeros_like(x)
+    elif FOLDED:
         return tl.exp2(x - lse)
     else:
         return tl.exp2((x - lse) * LOG2E - norm)
@@ -52,7 +55,8 @@ def backward_prepare(  # type: ignore[no-untyped-def]
     lse = tl.load(Lse + rows, mask=inside, other=0.0)
     dead = lse == float("-inf")
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(Delta + rows, tl.where(dead, 0.0, delta), mask=inside)
+    # Where the mode made the row NaN, its weights of 0 must still give 0.
+    tl.store(Delta + rows, tl.where(dead & (delta != delta), 0.0, delta), mask=inside)
     if FOLDED:
         lse = lse * LOG2E
     tl.store(LseOut + rows, tl.where(dead, float("inf"), lse), mask=inside)
@@ -120,7 +124,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
             allowed = (start + columns < Skv)[None, :]
             if MASK is not None:
                 allowed = allowed & MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-            p = tl.where(allowed, _weights(x, lse[:, None], norm[:, None], FOLDED), 0.0)
+            p = tl.where(allowed, _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, False), 0.0)
             total += tl.sum(p, 1)
             if EXACT:
                 v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, True)
@@ -131,7 +135,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
                 weighted += tl.sum(p * dp, 1)
         norm = tl.where(live, tl.log2(total), 0.0)
         if EXACT:
-            tl.store(Delta + at, tl.where(live, weighted / total, 0.0), mask=inside)
+            tl.store(Delta + at, weighted / total, mask=live)
     if not FOLDED:
         tl.store(Norm + at, norm, mask=inside)
 
@@ -146,6 +150,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+    UNIFORM: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM queries into dk [BN, D_PAD] and dv [BN, DV_PAD]; scores lie as [kv, q]."""
     start = tl.cast(start, tl.int32)
@@ -170,7 +175,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
         x = s * SCALE
     else:
         x = SCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
-    p = _weights(x, lse[None, :], norm[None, :], FOLDED)
+    p = _weights(x, lse[None, :], norm[None, :], Skv, FOLDED, UNIFORM)
     if MASK is not None:
         allowed = MASK(b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
         p = tl.where(allowed, p, 0.0)
@@ -178,38 +183,38 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
     if DROPOUT:
         keep = tl.trans(keep_draw(seed, bh, start, kv_first, BM, BN)) >= threshold
-        dv = tl.dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
+        dv = dot_add(tl.where(keep, p, 0.0).to(do.dtype), do, dv, PRECISION)
         dp = tl.where(keep, dp * drop_scale, 0.0)
     else:
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dv = dot_add(p.to(do.dtype), do, dv, PRECISION)
     ds = p * (dp - delta[None, :])
     if DSCORE is not None:
         ds = ds * DSCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
         if MASK is not None:
             ds = tl.where(allowed, ds, 0.0)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk = dot_add(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 
 
 @triton.jit(
     do_not_specialize=[
         "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
-        "sdkb", "sdkh", "sdks", "sdvb", "sdvh", "sdvs", "extra_b", "extra_h", "extra_s",
+        "sdkb", "sdkh", "sdks", "sdvb", "sdvh", "sdvs", "sxkb", "sxkh", "sxks", "sxvb", "sxvh", "sxvs",
         "H", "GROUP", "Sq", "Skv", "map_b", "map_h", "row", "threshold", "drop_scale", "dscale",
     ]
 )  # fmt: skip
 def backward_dkdv(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, DK, DV_, Lse, Delta, Norm, Extra, Map, Seed, ptrs, nums,
+    Q, K, V, DOut, DK, DV_, Lse, Delta, Norm, ExtraK, ExtraV, Map, Seed, ptrs, nums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
-    extra_b, extra_h, extra_s, H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
+    sxkb, sxkh, sxks, sxvb, sxvh, sxvs, H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIFORM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program per (b, kv head, tile of BN keys); ``Map`` is the q_map.
 
-    ``Extra`` [B, H_kv, Skv, DV] float32 (strides in elements) is added to dv.
+    ExtraK and ExtraV, float32 and shaped like dk and dv, are added to them.
     """
     tiles = (Skv + BN - 1) // BN
     plane = tl.program_id(0) // tiles
@@ -248,7 +253,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                 dk, dv = _dkdv_tile(
                     dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                 )  # fmt: skip
                 start = tile_start(Row + 2, i + 1, num_tiles, BM, BLOCK)
             num_tiles = tl.load(Row + 1) * (BLOCK // BM)
@@ -257,32 +262,53 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                 dk, dv = _dkdv_tile(
                     dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                 )  # fmt: skip
                 start = tile_start(Row + 2 + partial, i + 1, num_tiles, BM, BLOCK)
         else:
             for start in range(0, Sq, BM):
-                dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
-                    Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
-                )  # fmt: skip
+                if UNIFORM:
+                    rows = start + tl.arange(0, BM)
+                    dead = tl.load(lse_base + rows, mask=rows < Sq, other=0.0) == float("inf")
+                    if tl.max(dead.to(tl.int32), 0) > 0:
+                        dk, dv = _dkdv_tile(
+                            dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
+                            Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
+                            D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
+                        )  # fmt: skip
+                else:
+                    dk, dv = _dkdv_tile(
+                        dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
+                        Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
+                        D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
+                    )  # fmt: skip
     dk = dk * dscale
     if DROPOUT:
         dv = dv * drop_scale
-    d = tl.arange(0, DV_PAD)
-    inside = (local < Skv - first)[:, None]
-    in_v = inside & (d < DV)[None, :]
-    if Extra is not None:
-        rows = (first + local).to(tl.int64)[:, None] * extra_s
-        extra = Extra + b.to(tl.int64) * extra_b + kvh.to(tl.int64) * extra_h + rows + d[None, :]
-        dv += tl.load(extra, mask=in_v, other=0.0)
+    inside = local < Skv - first
     dv_base = DV_ + b64 * sdvb + kvh64 * sdvh + first64 * sdvs
-    tl.store(dv_base + local[:, None] * (sdvs * 8) + d[None, :], dv.to(DV_.dtype.element_ty), mask=in_v)
+    extra_base = ExtraV
+    if ExtraV is not None:
+        extra_base = ExtraV + b64 * sxvb + kvh64 * sxvh + first64 * sxvs
+    _store_rows(dv_base, sdvs, dv, extra_base, sxvs, local, inside, DV, DV_PAD)
+    if DK is not None:
+        dk_base = DK + b64 * sdkb + kvh64 * sdkh + first64 * sdks
+        extra_base = ExtraK
+        if ExtraK is not None:
+            extra_base = ExtraK + b64 * sxkb + kvh64 * sxkh + first64 * sxks
+        _store_rows(dk_base, sdks, dk, extra_base, sxks, local, inside, D, D_PAD)
+
+
+@triton.jit
+def _store_rows(  # type: ignore[no-untyped-def]
+    base, stride, value, extra_base, extra_stride, local, inside, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """value [ROWS, D_PAD], plus the extra rows if there are any, to a matrix of D columns."""
     d = tl.arange(0, D_PAD)
-    dk_base = DK + b64 * sdkb + kvh64 * sdkh + first64 * sdks
-    dk_ptrs = dk_base + local[:, None] * (sdks * 8) + d[None, :]
-    tl.store(dk_ptrs, dk.to(DK.dtype.element_ty), mask=inside & (d < D)[None, :])
+    mask = inside[:, None] & (d < D)[None, :]
+    if extra_base is not None:
+        value += tl.load(extra_base + local[:, None] * (extra_stride * 8) + d[None, :], mask=mask, other=0.0)
+    tl.store(base + local[:, None] * (stride * 8) + d[None, :], value.to(base.dtype.element_ty), mask=mask)
 
 
 # --- dq and captures --------------------------------------------------------------------------
@@ -296,6 +322,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+    UNIFORM: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN keys into dq [BM, D_PAD], and into the captures' gradients."""
     start = tl.cast(start, tl.int32)
@@ -312,7 +339,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
         x = s * SCALE
     else:
         x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-    p = _weights(x, lse[:, None], norm[:, None], FOLDED)
+    p = _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, UNIFORM)
     if MASK is not None:
         allowed = MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
         if CHECK:
@@ -330,7 +357,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
         ds = ds * DSCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
         if MASK is not None:
             ds = tl.where(allowed, ds, 0.0)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dot_add(ds.to(k.dtype), k, dq, PRECISION)
 
 
 @triton.jit(
@@ -341,13 +368,13 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_dq(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, DQ, Lse, Delta, Norm, Map, Seed, ptrs, nums, gptrs, gnums,
+    Q, K, V, DOut, DQ, Lse, Delta, Norm, Map, Seed, ptrs, gptrs, nums, gnums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdqb, sdqh, sdqs,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIFORM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program per (b, h, tile of BM rows); ``Map`` is the kv_map."""
@@ -376,6 +403,10 @@ def backward_dq(  # type: ignore[no-untyped-def]
     if DROPOUT:
         seed = tl.load(Seed)
     dq = tl.zeros([BM, D_PAD], tl.float32)
+    keys = Skv
+    if UNIFORM:
+        dead = in_range & (lse == float("inf"))
+        keys = tl.where(tl.max(dead.to(tl.int32), 0) > 0, Skv, 0)
     if MASK is not None:
         Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
         partial = tl.load(Row)
@@ -385,7 +416,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
             dq = _dq_tile(
                 dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
+                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
             )  # fmt: skip
             start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
         num_tiles = tl.load(Row + 1) * (BLOCK // BN)
@@ -394,25 +425,27 @@ def backward_dq(  # type: ignore[no-untyped-def]
             dq = _dq_tile(
                 dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
+                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM,
             )  # fmt: skip
             start = tile_start(Row + 2 + partial, i + 1, num_tiles, BN, BLOCK)
     else:
-        whole = Skv // BN * BN
+        whole = keys // BN * BN
         for start in range(0, whole, BN):
             dq = _dq_tile(
                 dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
+                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM,
             )  # fmt: skip
         if not EVEN:
-            if whole < Skv:
+            if whole < keys:
                 dq = _dq_tile(
                     dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first, rows, b, h, Sq, Skv, ptrs, nums,
                     gptrs, gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True, PRECISION,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True, PRECISION, UNIFORM,
                 )  # fmt: skip
     dq = dq * dscale
-    d = tl.arange(0, D_PAD)
-    dq_ptrs = DQ + b64 * sdqb + h64 * sdqh + first64 * sdqs + local[:, None] * (sdqs * 8) + d[None, :]
-    tl.store(dq_ptrs, dq.to(DQ.dtype.element_ty), mask=in_range[:, None] & (d < D)[None, :])
+    dq_base = DQ + b64 * sdqb + h64 * sdqh + first64 * sdqs
+    if UNIFORM:
+        _store_rows(dq_base, sdqs, dq, None, 0, local, dead, D, D_PAD)
+    else:
+        _store_rows(dq_base, sdqs, dq, None, 0, local, in_range, D, D_PAD)

@@ -15,7 +15,7 @@ from flashfuse.kernels.block_map import BLOCK, block_count
 from flashfuse.kernels.codegen import CaptureType, Names, Printer, capture_type, generate, load_module, render
 from flashfuse.kernels.expr import variables
 from flashfuse.kernels.interval import bounds, needs_elements
-from flashfuse.kernels.launch import launch
+from flashfuse.kernels.launch import Launch, launch
 from flashfuse.kernels.spec import ScoreProgram
 
 
@@ -43,11 +43,13 @@ def build_on_device(
     if needs_elements(program.mask):
         states = torch.empty((*lead, nq, nkv), dtype=torch.int8, device=device)
         mask = generate(program, types).mask
-        launch(_block_states, planes * nq * nkv, states, ptrs, nums, *lengths, mask, BLOCK, num_warps=8)
+        by_element = Launch(_block_states, planes * nq * nkv, (nums, *lengths, mask, BLOCK), num_warps=8)
+        launch(by_element, states, ptrs)
     else:
         classify, has_ranges = _classifier(program, types)
         chunk = 32 if has_ranges else 256
-    launch(_map_rows, planes * (nq + nkv), kv_map, q_map, states, ptrs, nums, *lengths, classify, BLOCK, chunk)
+    rows = Launch(_map_rows, planes * (nq + nkv), (nums, *lengths, classify, BLOCK, chunk))
+    launch(rows, kv_map, q_map, states, ptrs)
     return kv_map, q_map
 
 

@@ -44,6 +44,16 @@ def mod_float(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def dot_add(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc + a b; in full float32 the product is summed by itself first, which rounds less."""
+    if PRECISION == "ieee":
+        # A nonzero max_num_imprecise_acc (which only 8-bit products heed) keeps the sum from being merged.
+        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def sigmoid(x):  # type: ignore[no-untyped-def]
     return 1.0 / (1.0 + tl.exp(-x))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import keep_draw
+from flashfuse.kernels.device_math import dot_add, keep_draw
 from flashfuse.kernels.forward import load_rows
 
 
@@ -50,41 +50,8 @@ def dead_rows_out(  # type: ignore[no-untyped-def]
             v_base = V + b64 * svb + kvh64 * svh + start.to(tl.int64) * 8 * svs
             v = load_rows(v_base, tl.arange(0, BN), svs, Skv - start, DV, DV_PAD, True)
             keep = keep_draw(seed, bh, first, start, BM, BN) >= threshold
-            acc = tl.dot(tl.where(keep, 1.0, 0.0).to(v.dtype), v, acc, input_precision=PRECISION)
+            acc = dot_add(tl.where(keep, 1.0, 0.0).to(v.dtype), v, acc, PRECISION)
         acc = acc * (drop_scale / Skv)
         d = tl.arange(0, DV_PAD)
         o_ptrs = Out + b64 * sob + h64 * soh + first.to(tl.int64) * 8 * sos + local[:, None] * (sos * 8) + d[None, :]
         tl.store(o_ptrs, acc.to(Out.dtype.element_ty), mask=dead[:, None] & (d < DV)[None, :])
-
-
-@triton.jit(do_not_specialize=["sgb", "sgh", "sgs", "H", "GROUP", "Sq", "Skv", "threshold", "drop_scale"])
-def dead_rows_dv(  # type: ignore[no-untyped-def]
-    DOut, Lse, Extra, Seed, sgb, sgh, sgs, H, GROUP, Sq, Skv, threshold, drop_scale,
-    DV: tl.constexpr, DV_PAD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Extra_j = Σ R_ij do_i / Skv over the dead rows i of the group's heads; [B, H_kv, Skv, DV] float32."""
-    tiles = (Skv + BN - 1) // BN
-    plane = tl.program_id(0) // tiles
-    first = tl.program_id(0) % tiles * BN
-    kv_heads = H // GROUP
-    b = plane // kv_heads
-    local = tl.arange(0, BM)
-    seed = tl.load(Seed)
-    acc = tl.zeros([BN, DV_PAD], tl.float32)
-    for g in range(0, GROUP):
-        h = plane % kv_heads * GROUP + g
-        bh = b * H + h
-        do_base = DOut + b.to(tl.int64) * 8 * sgb + h.to(tl.int64) * 8 * sgh
-        for i in range(0, (Sq + BM - 1) // BM):
-            start = tl.cast(i, tl.int32) * BM
-            lse = tl.load(Lse + bh.to(tl.int64) * Sq + start + local, mask=local < Sq - start, other=0.0)
-            dead = lse == float("-inf")
-            if tl.max(dead.to(tl.int32), 0) > 0:
-                do = load_rows(do_base + start.to(tl.int64) * 8 * sgs, local, sgs, Sq - start, DV, DV_PAD, True)
-                keep = (keep_draw(seed, bh, start, first, BM, BN) >= threshold) & dead[:, None]
-                weights = tl.trans(tl.where(keep, 1.0, 0.0).to(do.dtype))
-                acc = tl.dot(weights, do, acc, input_precision=PRECISION)
-    kv = tl.arange(0, BN)
-    d = tl.arange(0, DV_PAD)
-    e_ptrs = Extra + (plane.to(tl.int64) * Skv + first + kv[:, None]) * DV + d[None, :]
-    tl.store(e_ptrs, acc * (drop_scale / Skv), mask=(kv < Skv - first)[:, None] & (d < DV)[None, :])

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import LN2, LOG2E, keep_draw
+from flashfuse.kernels.device_math import LN2, LOG2E, dot_add, keep_draw
 
 UNSPECIALIZED = [
     "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sob", "soh", "sos",
@@ -100,7 +100,7 @@ def _attend(  # type: ignore[no-untyped-def]
         draw = keep_draw(seed, bh, q_first, start, BM, BN)
         p = tl.where(draw >= threshold, p, 0.0)
     v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = dot_add(p.to(v.dtype), v, acc, PRECISION)
     return acc, l, m_new
 
 

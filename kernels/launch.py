@@ -1,10 +1,60 @@
-"""How a kernel is launched: one place for the options that every launch shares."""
+"""How a kernel is launched.
+
+Triton's own path binds and specialises every argument at each call, which costs tens of
+microseconds.  A site launches the same kernels with the same numbers every time, so after the first
+call :class:`Launches` calls the compiled kernel directly.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 
-def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stages: int = 1) -> None:
-    """Run ``kernel`` as ``programs`` programs; the constexprs are the last of ``args``."""
-    kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+class Launch(NamedTuple):
+    """One launch but for its tensors, which are the kernel's first arguments.
+
+    ``numbers`` follow the tensors and end with the constexprs.
+    """
+
+    kernel: Any
+    programs: int
+    numbers: tuple[Any, ...]
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def launch(what: Launch, *tensors: Any) -> Any:
+    """Run ``what``; returns the compiled kernel (``None`` under Triton's interpreter)."""
+    return what.kernel[(what.programs,)](
+        *tensors,
+        *what.numbers,
+        num_warps=what.num_warps,
+        num_stages=what.num_stages,
+        enable_fp_fusion=True,
+    )
+
+
+class Launches:
+    """The launches of one site by name; ``make`` is asked once for each."""
+
+    def __init__(self) -> None:
+        self._ready: dict[Hashable, tuple[Callable[..., None], tuple[Any, ...]]] = {}
+        self._made: dict[Hashable, Launch] = {}
+
+    def run(self, name: Hashable, aligned: bool, make: Callable[[], Launch], *tensors: Any) -> None:
+        """Launch on ``tensors``: tensors, ``None`` or tuples of tensors, the same kinds at every call.
+
+        ``aligned``: every pointer is a multiple of 16 bytes, for which kernels are specialised.
+        """
+        if aligned:
+            ready = self._ready.get(name)
+            if ready is not None:
+                ready[0](*tensors, *ready[1])
+                return
+        what = self._made.get(name)
+        if what is None:
+            what = self._made[name] = make()
+        compiled = launch(what, *tensors)
+        if aligned and compiled is not None:
+            self._ready[name] = (compiled[(what.programs, 1, 1)], what.numbers)

@@ -51,6 +51,9 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
             indices = [torch.as_tensor(visit(i), device=source.device) for i in node.operands]
             return source[tuple(indices)]
         values = [visit(a) for a in node.operands]
+        if op in ("+", "*", "/", "//", "%", "min", "max"):
+            # PyTorch adds booleans as "or"; here they are 0 and 1.
+            values = [v.long() if isinstance(v, Tensor) and v.dtype == torch.bool else v for v in values]
         if op == "+":
             total = values[0]
             for value in values[1:]:

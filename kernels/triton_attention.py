@@ -1,12 +1,14 @@
 """The Triton variant: host side of the kernels in ``forward``, ``backward`` and ``dropout``.
 
 Implements ``dispatch.Implementation``.  Shapes and formulas are those of ``attention_reference``.
+Everything that does not depend on the tensors' contents is worked out once per site (sizes, strides,
+program) and kept, so that a call is a look-up, the allocations and the launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from flashfuse.kernels import backward as backward_kernels
 from flashfuse.kernels import block_map, configs, dropout
 from flashfuse.kernels.codegen import LOG2E, CaptureType, Generated, capture_type, generate
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward
-from flashfuse.kernels.launch import launch
+from flashfuse.kernels.launch import Launch, Launches, launch
 from flashfuse.kernels.ops import BLOCK, empty_bhsd
 from flashfuse.kernels.spec import ScoreProgram
 
-_DEAD = {"none": DEAD_ZERO, "zero": DEAD_ZERO, "nan": DEAD_NAN, "mean": DEAD_MEAN}
+_AVERAGE = ("mean", "uniform", "uniform_s")
+"""The modes whose dead rows are the average of v; they differ in the gradients."""
 
 
 def forward(
@@ -39,45 +42,21 @@ def forward(
     Raises:
         ValueError: shapes do not fit each other, or dropout without a seed.
     """
-    site = _Site(q, k, v, captures, ints, maps, seed, program, dropout_p)
+    site = _site(q, k, v, captures, ints, seed, program, dropout_p)
     out = empty_bhsd(q, (site.batch, site.heads, site.q_len, site.v_dim))
     lse = q.new_empty((site.batch, site.heads, site.q_len), dtype=torch.float32)
     if site.is_empty:
         return out.zero_(), lse.fill_(float("-inf"))
-    q, k, v = (_aligned(t) for t in (q, k, v))
-    dead = _DEAD[program.dead_rows]
-    mean = None
-    if dead == DEAD_MEAN:
-        if site.dropout:
-            dead = DEAD_ZERO
-        else:
-            mean = v.mean(2, dtype=torch.float32).contiguous()
-    code = site.generate()
-    config = configs.choose("forward", max(site.d_pad, site.dv_pad), q.element_size())
-    rows = -(-site.q_len // config.bm)
-    launch(
-        attention_forward,
-        rows * site.batch * site.heads,
-        *(q, k, v, out, lse, site.kv_map, seed, mean, site.ptrs, site.nums),
-        *(*_strides(q), *_strides(k), *_strides(v), *_strides(out)),
-        *(site.heads, site.group, site.q_len, site.kv_len, *_map_strides(site.kv_map)),
-        *(site.threshold, site.drop_scale),
-        *(code.score, code.mask, _log2_scale(code), code.folded),
-        *(site.dim, site.v_dim, site.d_pad, site.dv_pad, BLOCK, site.even, site.dropout, dead, site.precision),
-        *(config.bm, config.bn),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    if site.dropout and program.dead_rows == "mean":
-        bm, bn, warps, _ = configs.choose("dq", site.dv_pad, v.element_size())
-        launch(
-            dropout.dead_rows_out,
-            -(-site.q_len // bm) * site.batch * site.heads,
-            *(v, out, lse, seed, *_strides(v), *_strides(out)),
-            *(site.heads, site.group, site.q_len, site.kv_len, site.threshold, site.drop_scale),
-            *(site.v_dim, site.dv_pad, site.precision, bm, bn),
-            num_warps=warps,
-        )
+    q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
+    kv_map, _ = site.maps(maps, captures, ints, q.device)
+    ptrs = tuple(captures)
+    mean = v.mean(2, dtype=torch.float32).contiguous() if site.averages and not site.dropout else None
+    aligned = _aligned(q, k, v, *ptrs)
+    with _on(q.device):
+        make = functools.partial(site.make_forward, kv_map)
+        site.launches.run("forward", aligned, make, q, k, v, out, lse, kv_map, seed, mean, ptrs)
+        if site.averages and site.dropout:
+            site.launches.run("dead_rows", aligned, site.make_dead_rows, v, out, lse, seed)
     return out, lse
 
 
@@ -97,61 +76,36 @@ def backward(
     capture_grads: Sequence[int],
 ) -> list[Tensor]:
     """[dq, dk, dv, *gradients of the captures listed in ``capture_grads``]."""
-    site = _Site(q, k, v, captures, ints, maps, seed, program, dropout_p)
-    dq, dk, dv = (empty_bhsd(t, t.shape) for t in (q, k, v))
-    buffers = [
-        torch.zeros(captures[i].shape, dtype=torch.float32, device=captures[i].device) for i in capture_grads
-    ]
-    grads = [dq, dk, dv]
+    wanted = tuple(capture_grads)
+    do = do.to(q.dtype)
+    site = _site(q, k, v, captures, ints, seed, program, dropout_p, do, out, wanted)
+    dq, dk, dv = empty_bhsd(q, q.shape), empty_bhsd(k, k.shape), empty_bhsd(v, v.shape)
+    sums = tuple(torch.zeros(captures[i].shape, dtype=torch.float32, device=q.device) for i in wanted)
     if site.is_empty:
-        for grad in grads:
-            grad.zero_()
-        return grads + [b.to(captures[i].dtype) for b, i in zip(buffers, capture_grads, strict=True)]
-    q, k, v, do, out = (_aligned(t) for t in (q, k, v, do.to(q.dtype), out))
-    buffer_types, buffer_strides = _typed(buffers)
-    code = site.generate(tuple(zip(capture_grads, buffer_types, strict=True)))
-    lse_used, delta = torch.empty_like(lse), torch.empty_like(lse)
-    launch(
-        backward_kernels.backward_prepare,
-        -(-site.q_len // 64) * site.batch * site.heads,
-        *(out, do, lse, lse_used, delta, *_strides(out), *_strides(do), site.heads, site.q_len),
-        *(site.v_dim, site.dv_pad, code.folded, 64),
-    )
-    norm = _row_sums(site, code, q, k, v, do, lse_used, delta)
-    mask_and_scale = (code.score, code.mask, code.dscore)
-    sizes = (site.dim, site.v_dim, site.d_pad, site.dv_pad, BLOCK, site.even, site.dropout, site.precision)
-    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(do))
-    lengths = (site.heads, site.group, site.q_len, site.kv_len)
-    # The weight of a single key is the constant 1: rounding must not make a gradient of it.
-    constant = site.kv_len == 1
-    dscale = 0.0 if constant else 1.0 if code.dscale is None else code.dscale
-    accumulate = None if constant else code.accumulate
-    numbers = (site.threshold, site.drop_scale, dscale)
-    extra = _dead_dv(site, do, lse)
-    widest = max(site.d_pad, site.dv_pad)
-    config = configs.choose("dkdv", widest, q.element_size())
-    launch(
-        backward_kernels.backward_dkdv,
-        -(-site.kv_len // config.bn) * site.batch * site.kv_heads,
-        *(q, k, v, do, dk, dv, lse_used, delta, norm, extra, site.q_map, seed, site.ptrs, site.nums),
-        *(*strides, *_strides(dk), *_strides(dv), *(extra.stride()[:3] if extra is not None else (0, 0, 0))),
-        *(*lengths, *_map_strides(site.q_map), *numbers),
-        *(*mask_and_scale, _log2_scale(code), code.folded, *sizes, config.bm, config.bn),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    config = configs.choose("dq", widest, q.element_size())
-    launch(
-        backward_kernels.backward_dq,
-        -(-site.q_len // config.bm) * site.batch * site.heads,
-        *(q, k, v, do, dq, lse_used, delta, norm, site.kv_map, seed, site.ptrs, site.nums),
-        *(tuple(buffers), tuple(n for s in buffer_strides for n in s), *strides, *_strides(dq)),
-        *(*lengths, *_map_strides(site.kv_map), *numbers),
-        *(*mask_and_scale, accumulate, _log2_scale(code), code.folded, *sizes, config.bm, config.bn),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    return grads + [b.to(captures[i].dtype) for b, i in zip(buffers, capture_grads, strict=True)]
+        return [dq.zero_(), dk.zero_(), dv.zero_(), *(s.to(captures[i].dtype) for s, i in zip(sums, wanted, strict=True))]
+    q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
+    do, out = site.rows(do, 3), site.rows(out, 4)
+    lse = lse.contiguous()
+    kv_map, q_map = site.maps(maps, captures, ints, q.device)
+    ptrs = tuple(captures)
+    aligned = _aligned(q, k, v, do, out, *ptrs)
+    code = site.code
+    run = site.launches.run
+    used, delta = torch.empty_like(lse), torch.empty_like(lse)
+    norm = None if code.folded else torch.empty_like(lse)
+    with _on(q.device):
+        run("prepare", aligned, site.make_prepare, out, do, lse, used, delta)
+        if not code.folded or site.sums_rows_exactly:
+            run("rows", aligned, site.make_rows, q, k, v, do, used, norm, delta, seed, ptrs)
+        extra_k, extra_v = site.dead_gradients(do, lse, aligned, q, k, v, used, delta, norm, seed, ptrs)
+        tensors = (q, k, v, do, dk, dv, used, delta, norm, extra_k, extra_v, q_map, seed, ptrs)
+        run("dkdv", aligned, functools.partial(site.make_dkdv, dk, dv, extra_k, extra_v, q_map), *tensors)
+        tensors = (q, k, v, do, dq, used, delta, norm, kv_map, seed, ptrs, sums)
+        run("dq", aligned, functools.partial(site.make_dq, dq, sums, kv_map), *tensors)
+        if site.uniform:
+            tensors = (q, k, v, do, dq, used, delta, norm, None, seed, ptrs, sums)
+            run("uniform_dq", aligned, functools.partial(site.make_dq, dq, sums, None, True), *tensors)
+    return [dq, dk, dv, *(s.to(captures[i].dtype) for s, i in zip(sums, wanted, strict=True))]
 
 
 def dropout_mask(seed: Tensor, dropout_p: float, sizes: tuple[int, int, int, int]) -> Tensor:
@@ -160,53 +114,253 @@ def dropout_mask(seed: Tensor, dropout_p: float, sizes: tuple[int, int, int, int
     keep = torch.empty(sizes, dtype=torch.bool, device=seed.device)
     if keep.numel():
         programs = -(-q_len // 32) * -(-kv_len // 64) * batch * heads
-        launch(dropout.keep_mask, programs, keep, seed, q_len, kv_len, _threshold(dropout_p), 32, 64)
+        with _on(seed.device):
+            launch(Launch(dropout.keep_mask, programs, (q_len, kv_len, _threshold(dropout_p), 32, 64)), keep, seed)
     return keep
 
 
 # --- the site ----------------------------------------------------------------------------------
 
+_SITES: dict[Hashable, _Site] = {}
+_MAX_SITES = 4096
+
+
+def _site(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    seed: Tensor | None,
+    program: ScoreProgram,
+    dropout_p: float,
+    do: Tensor | None = None,
+    out: Tensor | None = None,
+    wanted: tuple[int, ...] = (),
+) -> _Site:
+    """The site with these sizes and strides; a backward has its own."""
+    precision = torch.get_float32_matmul_precision() if q.dtype == torch.float32 else ""
+    key = (
+        *(program, dropout_p, q.device, q.dtype, k.dtype, v.dtype, seed is None, precision, wanted),
+        *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()),
+        tuple((c.shape, c.stride(), c.dtype) for c in captures),
+        tuple(ints),
+        None if do is None or out is None else (do.stride(), out.stride()),
+    )
+    site = _SITES.get(key)
+    if site is None:
+        if len(_SITES) >= _MAX_SITES:
+            _SITES.clear()
+        _check(q, k, v, seed, dropout_p)
+        tensors = [q, k, v] if do is None or out is None else [q, k, v, do, out]
+        site = _SITES[key] = _Site(tensors, captures, ints, program, dropout_p, wanted)
+    return site
+
 
 class _Site:
-    """Sizes and launch arguments that forward and backward share."""
+    """What forward and backward need to know of a site, and their launches."""
 
     def __init__(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        tensors: Sequence[Tensor],
         captures: Sequence[Tensor],
         ints: Sequence[int],
-        maps: Sequence[Tensor],
-        seed: Tensor | None,
         program: ScoreProgram,
         dropout_p: float,
+        wanted: tuple[int, ...],
     ) -> None:
+        q, k, v = tensors[:3]
         self.batch, self.heads, self.q_len, self.dim = q.shape
         self.kv_heads, self.kv_len, self.v_dim = k.shape[1], k.shape[2], v.shape[3]
-        _check(q, k, v, seed, dropout_p)
+        self.is_empty = 0 in (self.batch, self.heads, self.q_len, self.kv_len)
         self.group = self.heads // self.kv_heads if self.kv_heads else 1
         self.program = program
         if program.mask is not None and program.mask.is_const and program.mask.value:
             self.program = ScoreProgram(program.score, None, program.dead_rows)
-            maps = ()
-        self.is_empty = 0 in (self.batch, self.heads, self.q_len, self.kv_len)
         self.d_pad, self.dv_pad = _padded(self.dim), _padded(self.v_dim)
         self.even = self.q_len % BLOCK == 0 and self.kv_len % BLOCK == 0
         self.dropout = dropout_p > 0
         self.threshold = _threshold(dropout_p)
         self.drop_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-        self.seed = seed
         self.precision = _precision(q.dtype)
-        self.types, strides = _typed(captures)
-        self.ptrs = tuple(captures)
-        self.nums = (*(n for s in strides for n in s), *ints)
-        if self.program.mask is not None and not maps and not self.is_empty:
-            maps = _build_maps(self.program, captures, ints, q.device, (self.batch, self.heads, self.q_len, self.kv_len))
-        self.kv_map, self.q_map = maps if maps else (None, None)
+        self.itemsize = q.element_size()
+        self.averages = program.dead_rows in _AVERAGE
+        # "mean" without dropout has a closed form; otherwise dead rows take a pass of their own.
+        self.uniform = program.dead_rows in ("uniform", "uniform_s")
+        self.fits = [_fits(t) for t in tensors]
+        self.strides = [_strides(t) if fits else _strides(t.contiguous()) for t, fits in zip(tensors, self.fits, strict=True)]
+        types, numbers = _typed(captures)
+        self.nums = (*(n for s in numbers for n in s), *ints)
+        buffers = [torch.empty(captures[i].shape, device="meta") for i in wanted]
+        buffer_types, buffer_numbers = _typed(buffers)
+        self.gnums = tuple(n for s in buffer_numbers for n in s)
+        grads = tuple(zip(wanted, buffer_types, strict=True))
+        self.code: Generated = generate(self.program, types, grads, self.precision != "ieee")
+        self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
+        self.launches = Launches()
+        self.capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
 
-    def generate(self, grads: tuple[tuple[int, CaptureType], ...] = ()) -> Generated:
-        return generate(self.program, self.types, grads, self.precision != "ieee")
+    def rows(self, t: Tensor, position: int) -> Tensor:
+        """``t`` as the kernels read it: copied if its layout does not fit."""
+        return t if self.fits[position] else t.contiguous()
+
+    def maps(
+        self, given: Sequence[Tensor], captures: Sequence[Tensor], ints: Sequence[int], device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(kv_map, q_map), built here if none came and the program has a mask."""
+        if self.program.mask is None:
+            return None, None
+        if given:
+            return given[0], given[1]
+        mask = self.program.mask_program
+        tensors = dict(zip(self.program.captures, captures, strict=True))
+        numbers = dict(zip(self.program.ints, ints, strict=True))
+        sizes = (self.batch, self.heads, self.q_len, self.kv_len)
+        return block_map.build(
+            [tensors[n] for n in mask.captures], [numbers[n] for n in mask.ints], device, sizes, mask
+        )
+
+    def config(self, kernel: str) -> configs.Config:
+        width = max(self.d_pad, self.dv_pad)
+        return configs.choose(kernel, width, self.itemsize, self.capability, self.dropout)
+
+    # Launches.  Each gives the numbers and constexprs that follow the kernel's tensors.
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        return self.heads, self.group, self.q_len, self.kv_len
+
+    @property
+    def _drop(self) -> tuple[int, float]:
+        return self.threshold, self.drop_scale
+
+    @property
+    def _dims(self) -> tuple[int, ...]:
+        return self.dim, self.v_dim, self.d_pad, self.dv_pad
+
+    @property
+    def _scale(self) -> float | None:
+        return None if self.code.scale is None else self.code.scale * LOG2E
+
+    def make_forward(self, kv_map: Tensor | None) -> Launch:
+        code = self.code
+        config = self.config("forward")
+        out = (self.q_len * self.heads * self.v_dim // 8, self.v_dim // 8, self.heads * self.v_dim // 8)
+        dead = DEAD_NAN if self.program.dead_rows == "nan" else DEAD_ZERO
+        if self.averages and not self.dropout:
+            dead = DEAD_MEAN
+        numbers = (
+            *(self.nums, *self.strides[0], *self.strides[1], *self.strides[2], *out),
+            *(*self._lengths, *_map_strides(kv_map), *self._drop),
+            *(code.score, code.mask, self._scale, code.folded, *self._dims),
+            *(BLOCK, self.even, self.dropout, dead, self.precision, config.bm, config.bn),
+        )
+        programs = -(-self.q_len // config.bm) * self.batch * self.heads
+        return Launch(attention_forward, programs, numbers, config.warps, config.stages)
+
+    def make_dead_rows(self) -> Launch:
+        config = self.config("dq")
+        out = (self.q_len * self.heads * self.v_dim // 8, self.v_dim // 8, self.heads * self.v_dim // 8)
+        numbers = (
+            *(*self.strides[2], *out, *self._lengths, *self._drop),
+            *(self.v_dim, self.dv_pad, self.precision, config.bm, config.bn),
+        )
+        programs = -(-self.q_len // config.bm) * self.batch * self.heads
+        return Launch(dropout.dead_rows_out, programs, numbers, config.warps)
+
+    def make_prepare(self) -> Launch:
+        bm = 64
+        numbers = (
+            *(*self.strides[4], *self.strides[3], self.heads, self.q_len),
+            *(self.v_dim, self.dv_pad, self.code.folded, bm),
+        )
+        programs = -(-self.q_len // bm) * self.batch * self.heads
+        return Launch(backward_kernels.backward_prepare, programs, numbers)
+
+    def make_rows(self) -> Launch:
+        code = self.code
+        config = self.config("dq")
+        numbers = (
+            *(self.nums, *self._four_strides, *self._lengths, *self._drop),
+            *(code.score, code.mask, self._scale, code.folded, self.sums_rows_exactly, *self._dims),
+            *(self.dropout, self.precision, config.bm, config.bn),
+        )
+        programs = -(-self.q_len // config.bm) * self.batch * self.heads
+        return Launch(backward_kernels.backward_rows, programs, numbers, config.warps)
+
+    def make_dkdv(
+        self,
+        dk: Tensor | None,
+        dv: Tensor,
+        extra_k: Tensor | None,
+        extra_v: Tensor | None,
+        q_map: Tensor | None,
+        uniform: bool = False,
+    ) -> Launch:
+        code = self.code
+        config = self.config("dkdv")
+        numbers = (
+            *(self.nums, *self._four_strides, *_strides(dk), *_strides(dv)),
+            *(*_strides(extra_k), *_strides(extra_v), *self._lengths, *_map_strides(q_map)),
+            *(*self._drop, self._dscale, code.score, None if uniform else code.mask, code.dscore, self._scale),
+            *(code.folded, *self._dims, BLOCK, self.even, self.dropout, self.precision, uniform),
+            *(config.bm, config.bn),
+        )
+        programs = -(-self.kv_len // config.bn) * self.batch * self.kv_heads
+        return Launch(backward_kernels.backward_dkdv, programs, numbers, config.warps, 1 if uniform else config.stages)
+
+    def make_dq(
+        self, dq: Tensor, sums: tuple[Tensor, ...], kv_map: Tensor | None, uniform: bool = False
+    ) -> Launch:
+        code = self.code
+        config = self.config("dq")
+        accumulate = code.accumulate
+        if self.kv_len == 1 or (uniform and self.program.dead_rows == "uniform_s"):
+            accumulate = None
+        numbers = (
+            *(self.nums, self.gnums, *self._four_strides, *_strides(dq), *self._lengths, *_map_strides(kv_map)),
+            *(*self._drop, self._dscale, code.score, None if uniform else code.mask, code.dscore, accumulate),
+            *(self._scale, code.folded, *self._dims, BLOCK, self.even, self.dropout, self.precision, uniform),
+            *(config.bm, config.bn),
+        )
+        programs = -(-self.q_len // config.bm) * self.batch * self.heads
+        return Launch(backward_kernels.backward_dq, programs, numbers, config.warps, config.stages)
+
+    @property
+    def _four_strides(self) -> tuple[int, ...]:
+        return (*self.strides[0], *self.strides[1], *self.strides[2], *self.strides[3])
+
+    @property
+    def _dscale(self) -> float:
+        # The weight of a single key is the constant 1: rounding must not make a gradient of it.
+        if self.kv_len == 1:
+            return 0.0
+        return 1.0 if self.code.dscale is None else self.code.dscale
+
+    def dead_gradients(
+        self, do: Tensor, lse: Tensor, aligned: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What dead rows add to dk and dv, float32, shaped like them; ``rest`` as in ``backward``."""
+        mode = self.program.dead_rows
+        if self.uniform or (mode == "mean" and self.dropout):
+            used, delta, norm, seed, ptrs = rest
+            extra_k = do.new_empty(k.shape, dtype=torch.float32) if self.uniform else None
+            extra_v = do.new_empty(v.shape, dtype=torch.float32)
+            tensors = (q, k, v, do, extra_k, extra_v, used, delta, norm, None, None, None, seed, ptrs)
+            make = functools.partial(self.make_dkdv, extra_k, extra_v, None, None, None, True)
+            self.launches.run("uniform_dkdv", aligned, make, *tensors)
+            return extra_k, extra_v
+        if mode not in ("mean", "nan"):
+            return None, None
+        dead = lse == float("-inf")
+        grouped = (self.batch, self.kv_heads, self.group)
+        if mode == "nan":
+            any_dead = dead.view(*grouped, self.q_len).any(-1).any(-1)
+            total = torch.where(any_dead, float("nan"), 0.0)[..., None].expand(*grouped[:2], self.v_dim).contiguous()
+        else:
+            sums = torch.where(dead[..., None], do, 0).sum(2, dtype=torch.float32)
+            total = sums.view(*grouped, self.v_dim).sum(2) / self.kv_len
+        return None, total[:, :, None].expand(-1, -1, self.kv_len, -1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, dropout_p: float) -> None:
@@ -216,25 +370,35 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, dropout_p: floa
             "expected q [B, H, Sq, D], k [B, H_kv, Skv, D], v [B, H_kv, Skv, Dv] with H a multiple of H_kv, "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if dim % 8 or v.shape[3] % 8 or not 8 <= dim <= 256 or not 8 <= v.shape[3] <= 256:
+        raise ValueError(f"expected D and Dv of 8, 16, …, 256, got {dim} and {v.shape[3]}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"expected q, k, v of one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if dropout_p > 0 and seed is None:
         raise ValueError("expected a seed: dropout_p > 0")
 
 
-def _build_maps(
-    program: ScoreProgram,
-    captures: Sequence[Tensor],
-    ints: Sequence[int],
-    device: torch.device,
-    sizes: tuple[int, int, int, int],
-) -> tuple[Tensor, Tensor]:
-    mask = program.mask_program
-    tensors = dict(zip(program.captures, captures, strict=True))
-    numbers = dict(zip(program.ints, ints, strict=True))
-    return block_map.build(
-        [tensors[n] for n in mask.captures], [numbers[n] for n in mask.ints], device, sizes, mask
-    )
+class _NoGuard:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+_NO_GUARD = _NoGuard()
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(device)
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    bits = 0
+    for t in tensors:
+        bits |= t.data_ptr()
+    return bits % 16 == 0
 
 
 def _typed(tensors: Sequence[Tensor]) -> tuple[tuple[CaptureType, ...], tuple[tuple[int, ...], ...]]:
@@ -257,78 +421,24 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _log2_scale(code: Generated) -> float | None:
-    return None if code.scale is None else code.scale * LOG2E
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """``t`` with a dense last axis and strides in whole units of 8 elements, copied only if needed."""
+def _fits(t: Tensor) -> bool:
+    """The last axis is dense, the other strides are whole units of 8 elements, tile offsets fit 32 bits."""
     strides = t.stride()
-    fits = strides[3] == 1 and all(n == 1 or s % 8 == 0 for n, s in zip(t.shape[:3], strides[:3], strict=True))
-    # Offsets inside a tile are 32-bit.
-    return t if fits and strides[2] < 2**23 else t.contiguous()
+    units = all(n == 1 or s % 8 == 0 for n, s in zip(t.shape[:3], strides[:3], strict=True))
+    return strides[3] == 1 and units and strides[2] < 2**23
 
 
-def _strides(t: Tensor) -> tuple[int, int, int]:
+def _strides(t: Tensor | None) -> tuple[int, int, int]:
+    """Strides of b, h and s in units of 8 elements."""
+    if t is None:
+        return 0, 0, 0
     b, h, s, _ = t.stride()
     return b // 8, h // 8, s // 8
 
 
-def _map_strides(kv_map: Tensor | None) -> tuple[int, int, int]:
+def _map_strides(block_map: Tensor | None) -> tuple[int, int, int]:
     """Strides of b, h and the row; an axis of size 1 serves every b or h."""
-    if kv_map is None:
+    if block_map is None:
         return 0, 0, 0
-    lead_b, lead_h, rows, row = kv_map.shape
+    lead_b, lead_h, rows, row = block_map.shape
     return (lead_h * rows * row if lead_b > 1 else 0), (rows * row if lead_h > 1 else 0), row
-
-
-# --- dead rows and huge scores -----------------------------------------------------------------
-
-
-def _row_sums(
-    site: _Site, code: Generated, q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor
-) -> Tensor | None:
-    """The norm of ``backward_rows``; replaces ``delta`` where do · out is not exact enough."""
-    exact = site.precision == "ieee" or code.sums_rows
-    if code.folded and not exact:
-        return None
-    norm = None if code.folded else torch.empty_like(lse)
-    bm, bn, warps, _ = configs.choose("dq", max(site.d_pad, site.dv_pad), q.element_size())
-    launch(
-        backward_kernels.backward_rows,
-        -(-site.q_len // bm) * site.batch * site.heads,
-        *(q, k, v, do, lse, norm, delta, site.seed, site.ptrs, site.nums),
-        *(*_strides(q), *_strides(k), *_strides(v), *_strides(do)),
-        *(site.heads, site.group, site.q_len, site.kv_len, site.threshold, site.drop_scale),
-        *(code.score, code.mask, _log2_scale(code), code.folded, exact),
-        *(site.dim, site.v_dim, site.d_pad, site.dv_pad, site.dropout, site.precision, bm, bn),
-        num_warps=warps,
-    )
-    return norm
-
-
-def _dead_dv(site: _Site, do: Tensor, lse: Tensor) -> Tensor | None:
-    """What dead rows add to dv, broadcastable to [B, H_kv, Skv, Dv] float32; ``None`` for nothing."""
-    mode = site.program.dead_rows
-    if mode not in ("mean", "nan"):
-        return None
-    grouped = (site.batch, site.kv_heads, site.group)
-    if mode == "mean" and site.dropout:
-        extra = do.new_empty((site.batch, site.kv_heads, site.kv_len, site.v_dim), dtype=torch.float32)
-        bm, bn, warps, _ = configs.choose("dkdv", site.dv_pad, do.element_size())
-        launch(
-            dropout.dead_rows_dv,
-            -(-site.kv_len // bn) * site.batch * site.kv_heads,
-            *(do, lse, extra, site.seed, *_strides(do), site.heads, site.group, site.q_len, site.kv_len),
-            *(site.threshold, site.drop_scale, site.v_dim, site.dv_pad, site.precision, bm, bn),
-            num_warps=warps,
-        )
-        return extra
-    dead = lse == float("-inf")
-    if mode == "nan":
-        any_dead = dead.view(*grouped, site.q_len).any(-1).any(-1)
-        total = torch.where(any_dead, float("nan"), 0.0)[..., None].expand(*grouped[:2], site.v_dim).contiguous()
-    else:
-        sums = torch.where(dead[..., None], do, 0).sum(2, dtype=torch.float32)
-        total = sums.view(*grouped, site.v_dim).sum(2) / site.kv_len
-    return total[:, :, None].expand(-1, -1, site.kv_len, -1)

@@ -45,6 +45,8 @@ PROGRAMS = [
     (f"{SCALE} where kv <= q and pad[b, kv] else zero", left_pad, ()),
     (f"{SCALE} where kv <= q and pad[b, kv] else nan", left_pad, ()),
     (f"{SCALE} where pad[b, kv]", right_pad, ()),
+    (f"{SCALE} where kv <= q and pad[b, kv] else uniform", left_pad, ()),
+    (f"{SCALE} + bias[h] where kv <= q and pad[b, kv] else uniform_s", lambda *n: [torch.randn(n[1]), *left_pad(*n)], (0,)),
     (f"{SCALE} where doc[b, q] == doc[b, kv] else zero", documents, ()),
     (f"{SCALE} where q // 64 == kv // 64 else zero", None, ()),
     (f"{SCALE} where allowed[0, q, kv] else zero", dense_mask, ()),
@@ -69,25 +71,24 @@ def cases():
         yield make(program, captures, grads, sizes=(2, 6, 200, 333), kv_heads=2, dims=(64, 64), dtype=BF16)
         yield make(program, captures, grads, sizes=(2, 2, 256, 256), kv_heads=2, dims=(64, 64), dtype=BF16)
         yield make(program, captures, grads, sizes=(2, 3, 150, 129), kv_heads=1, dims=(40, 40), dtype=F32)
-    for program, captures, grads in [PROGRAMS[1], PROGRAMS[3], PROGRAMS[5], PROGRAMS[12], PROGRAMS[13]]:
+    for program, captures, grads in [CAUSAL, *PROGRAMS[3:6], *PROGRAMS[7:9], ALIBI, DENSE]:
         for p in (0.1, 0.5):
             yield make(program, captures, grads, sizes=(2, 4, 300, 300), kv_heads=4, dims=(64, 64), dtype=BF16, dropout_p=p)
         yield make(program, captures, grads, sizes=(1, 4, 257, 257), kv_heads=2, dims=(128, 128), dtype=F16, dropout_p=0.2)
-    causal, alibi = PROGRAMS[1], PROGRAMS[12]
     for dims in [(8, 8), (40, 40), (96, 96), (128, 128), (192, 128), (256, 256), (64, 128), (80, 24)]:
         for dtype in (BF16, F16, F32):
-            yield make(*causal, sizes=(1, 2, 300, 300), kv_heads=1, dims=dims, dtype=dtype)
-        yield make(*alibi, sizes=(1, 2, 256, 256), kv_heads=1, dims=dims, dtype=BF16, dropout_p=0.1)
+            yield make(*CAUSAL, sizes=(1, 2, 300, 300), kv_heads=1, dims=dims, dtype=dtype)
+        yield make(*ALIBI, sizes=(1, 2, 256, 256), kv_heads=1, dims=dims, dtype=BF16, dropout_p=0.1)
     for sq, skv in itertools.product((1, 63, 111, 1000), (1, 64, 111, 1000)):
         yield make(SCALE, None, (), sizes=(1, 3, sq, skv), kv_heads=1, dims=(64, 64), dtype=BF16)
         yield make(f"{SCALE} where kv <= q + Skv - Sq else zero", None, (), sizes=(1, 3, sq, skv), kv_heads=1,
                    dims=(64, 64), dtype=BF16)  # fmt: skip
     for layout in ("packed", "bhsd"):
-        yield make(*causal, sizes=(2, 4, 200, 200), kv_heads=4, dims=(64, 64), dtype=BF16, layout=layout)
+        yield make(*CAUSAL, sizes=(2, 4, 200, 200), kv_heads=4, dims=(64, 64), dtype=BF16, layout=layout)
     yield make(SCALE, None, (), sizes=(2, 4, 0, 5), kv_heads=4, dtype=BF16)
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_equal_under_rule(case):
     run_case(triton_attention(), case, "cuda")
 
