@@ -58,6 +58,10 @@ PROGRAMS = [
     (f"(s + gate[q])*sigmoid(gate[q])*0.1", bias("q"), (0,)),
     (f"{SCALE} + bias[b, 0, q, kv]", hostile_bias, ()),
 ]
+CAUSAL = PROGRAMS[1]
+ALIBI, DENSE = (next(p for p in PROGRAMS if name in p[0]) for name in ("slope", "bias[0, h"))
+
+
 def NONE(b, h, sq, skv):
     return ()
 
