@@ -154,6 +154,8 @@ def _verify(options: argparse.Namespace) -> int:
     _show(out, _inputs_line(inputs, options.train), "dim")
     with progress.step("checking outputs and gradients against float64"):
         check: ModelCheck = flashfuse.verify(loaded.model, backward=True, **inputs)
+    if not check.items:
+        raise RuntimeError("nothing was compared: Dynamo made no graph of this model")
     _show(out, check)
     if options.json is not None:
         results = {"model": loaded.description, "inputs": _inputs_line(inputs, options.train)}

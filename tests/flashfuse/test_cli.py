@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_explain(folder, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "2 attention sites, 2 fused, 0 left" in out
     assert "kv <= q" in out and "s*0.25" in out
-    assert "whole model: equal" in out and "2 sites: equal" in out
+    assert re.search(r"whole model: equal, \d\d tensors", out) and "2 sites: equal" in out
     assert "before," in out and "modeling_gpt2.py" in out
     assert "loading" in err and "checking" in err
     results = json.loads(target.read_text())
@@ -107,7 +108,13 @@ def test_explain_in_training(folder, capsys):
 @pytest.mark.parametrize("options", [[], ["--train", "--padded", "--batch", "2"], ["--dtype", "bfloat16"]])
 def test_verify_equal(folder, options, capsys):
     assert cli.main(["verify", folder, "--seq", "24", *options]) == cli.EQUAL
-    assert "equal" in capsys.readouterr().out
+    assert re.search(r"model: equal, \d\d tensors", capsys.readouterr().out)
+
+
+def test_verify_of_nothing_is_no_success(folder, monkeypatch, capsys):
+    monkeypatch.setattr(flashfuse, "verify", lambda *args, **kwargs: ModelCheck(True), raising=False)
+    assert cli.main(["verify", folder]) == cli.FAILED
+    assert "nothing was compared" in one_line(capsys)[1]
 
 
 def test_verify_different(folder, monkeypatch, capsys):
