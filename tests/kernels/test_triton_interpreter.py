@@ -1,0 +1,107 @@
+"""The Triton kernels under Triton's interpreter: tiny shapes, every path, no GPU.
+
+The interpreter is chosen by an environment variable when triton is imported, so the cases run in one
+subprocess; the rest of the suite is unaffected.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+TESTS = Path(__file__).parent.parent
+
+CASES = """
+    dict(program="s*0.158", sizes=(1, 3, 37, 70)),
+    dict(program="s*0.158 where kv <= q", sizes=(1, 3, 140, 133), dims=(40, 24)),
+    dict(program="s*0.158 where kv <= q + 30", sizes=(2, 3, 33, 70), dropout_p=0.3),
+    dict(program="s*0.158 where kv <= q and pad[b, kv] else mean", sizes=(2, 2, 33, 65), kv_heads=2, captures=left_pad),
+    dict(program="s*0.158 where kv <= q and pad[b, kv] else mean", sizes=(2, 2, 33, 33), captures=left_pad,
+         dropout_p=0.2),
+    dict(program="s*0.158 where kv <= q and pad[b, kv] else nan", sizes=(2, 2, 33, 33), captures=left_pad),
+    dict(program="tanh(s*0.05)*4.0 + e[h] where kv <= q and pad[b, kv] else uniform", sizes=(2, 2, 33, 33),
+         captures=lambda *n: [torch.randn(n[1]), *left_pad(*n)], grads=(0,), dropout_p=0.2),
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q + n", sizes=(1, 3, 33, 40), ints=(7,),
+         captures=lambda b, h, sq, skv: [torch.randn(h, sq + skv - 1)], grads=(0,)),
+    dict(program="s*0.158 + bias[b, 0, q, kv]", sizes=(2, 2, 33, 40), captures=hostile_bias),
+    dict(program="s*0.158 + slope[h]*(kv - q)", sizes=(1, 2, 33, 40), captures=lambda *n: [torch.rand(n[1])],
+         grads=(0,), dtype=torch.float16, dropout_p=0.1),
+    dict(program="s*0.158 + bias[h]", sizes=(1, 2, 33, 1), captures=lambda *n: [torch.rand(n[1])], grads=(0,)),
+    dict(program="s*x[b, kv // 3]*0.1 where doc[b, q] == doc[b, kv] else zero", sizes=(2, 2, 33, 33),
+         captures=lambda *n: [torch.rand(n[0], 11), *documents(*n)], grads=(0,), layout="packed"),
+"""
+
+SCRIPT = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, sys.argv[1] + "/kernels")
+from kernel_cases import *
+from flashfuse.kernels import block_map, block_map_triton, triton_attention
+from flashfuse.kernels.spec import ScoreProgram
+from test_block_map import EXACT, CONSERVATIVE, captures_of, states_of
+
+results = {}
+empty = torch.empty
+def poisoned(*args, **kwargs):
+    t = empty(*args, **kwargs)
+    return t.fill_(float("nan")) if t.is_floating_point() and t.device.type != "meta" else t
+torch.empty = poisoned
+
+def attempt(name, run):
+    try:
+        run()
+        results[name] = ""
+    except Exception as error:
+        results[name] = f"{type(error).__name__}: {error}"
+
+for case in [CASES]:
+    case = Case(**case)
+    attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
+
+def same_map(text, sizes):
+    program = ScoreProgram.parse(f"s where {text}").mask_program
+    captures, ints = captures_of(program, sizes), [200] * len(program.ints)
+    lead = block_map.leading_sizes(program, sizes)
+    ours = block_map_triton.build_on_device(captures, ints, torch.device("cpu"), lead, sizes, program)
+    expected = block_map.build(captures, ints, torch.device("cpu"), sizes, program)
+    for a, b in zip(ours, expected):
+        columns = a.shape[-1] - 2
+        assert torch.equal(states_of(a, columns), states_of(b, columns)), (text, a, b)
+
+for text in EXACT + CONSERVATIVE:
+    attempt(f"map {text}", lambda: same_map(text, (2, 4, 300, 513)))
+print("RESULTS" + json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def results():
+    script = SCRIPT.replace("CASES]", CASES + "]")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(TESTS)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert "RESULTS" in done.stdout, done.stderr[-3000:]
+    return json.loads(done.stdout.rpartition("RESULTS")[2])
+
+
+def test_every_case_is_equal_under_the_rule(results):
+    failed = {name: error for name, error in results.items() if error}
+    assert not failed, "\n".join(f"{name}: {error[:300]}" for name, error in failed.items())
+    assert len(results) > 40
+
+
+def test_kernels_are_not_imported_with_the_package():
+    """The package works where triton is missing: nothing imports it before a kernel runs."""
+    assert importlib.util.find_spec("flashfuse.kernels.triton_attention") is not None
+    code = "import sys, flashfuse.kernels.ops, flashfuse.kernels.block_map; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
