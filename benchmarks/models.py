@@ -77,8 +77,9 @@ def _llama() -> torch.nn.Module:
 
 def _mistral() -> torch.nn.Module:
     config = transformers.MistralConfig(
-        num_hidden_layers=8, sliding_window=4096, max_position_embeddings=131_072, use_cache=False
-    )
+        hidden_size=2048, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4,
+        intermediate_size=8192, sliding_window=4096, max_position_embeddings=131_072, use_cache=False,
+    )  # fmt: skip
     return transformers.MistralModel(config)
 
 
@@ -88,8 +89,8 @@ WORKLOADS = (
     Workload("gpt2-train-2x512", "cpu", torch.float32, True, _gpt2, _ids(2, 512, 50257), _ids(2, 64, 50257)),
     Workload("gpt2-inference-1x2048", "cpu", torch.float32, False, _gpt2, _ids(1, 2048, 50257), _ids(1, 200, 50257)),
     Workload("gpt2-train-16x1024", "cuda", torch.bfloat16, True, _gpt2, _ids(16, 1024, 50257), _ids(2, 200, 50257)),
-    Workload("llama-prefill-2x8192-left-padded", "cuda", torch.bfloat16, False, _llama, _ids(2, 8192, 128_256, "left"), _ids(2, 300, 128_256, "left")),
-    Workload("mistral-prefill-1x32768-window-4096", "cuda", torch.bfloat16, False, _mistral, _ids(1, 32768, 32000), _ids(1, 300, 32000), ("sdpa", "sdpa + compile", "flashfuse")),
+    Workload("llama-prefill-2x8192-left-padded", "cuda", torch.bfloat16, False, _llama, _ids(2, 8192, 128_256, "left"), _ids(2, 300, 128_256, "left"), (*ALL[:-1], "flex + compile", "flashfuse")),
+    Workload("mistral-prefill-1x32768-window-4096", "cuda", torch.bfloat16, False, _mistral, _ids(1, 32768, 32000), _ids(1, 300, 32000), ("sdpa", "sdpa + compile", "flex + compile", "flashfuse")),
 )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def run(work: Workload, rounds: int, ways: tuple[str, ...]) -> Bench:
     inputs = work.inputs(device)
     steps: dict[str, Callable[[], object]] = {}
     for way in ways:
-        attention = "sdpa" if way.startswith("sdpa") else "eager"
+        attention = {"sdpa": "sdpa", "flex": "flex_attention"}.get(way.split()[0], "eager")
         backend = "flashfuse" if way == "flashfuse" else "inductor" if "compile" in way else None
         steps[way] = _step(_twin(model, attention), backend, inputs, work.train)
     flashfuse.clear_reports()
