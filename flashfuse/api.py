@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import fx
 
 from flashfuse import pipeline
@@ -102,12 +105,14 @@ def _each_graph(
 
         return run
 
-    # A function of our own, so that the model's compiled code and its limits are left alone.
     def call(*a: Any, **k: Any) -> Any:
         return model(*a, **k)
 
-    with _undisturbed(model):
-        torch.compile(call, backend=collect)(*args, **kwargs)
+    # Dynamo counts compilations by code object: a fresh one leaves the model's own compiled code alone,
+    # and the limit must not end the search silently.
+    fresh = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
+    with _undisturbed(model), torch._dynamo.config.patch(recompile_limit=1 << 20):
+        torch.compile(fresh, backend=collect)(*args, **kwargs)
 
 
 @contextmanager
@@ -125,6 +130,9 @@ def _undisturbed(model: Any) -> Iterator[None]:
 
 
 def _merged_checks(checks: Sequence[ModelCheck]) -> ModelCheck:
+    if not checks:
+        nothing = CheckItem("graph", math.inf, 0.0, 0.0, False, "Dynamo traced no graph, so nothing was compared")
+        return ModelCheck(False, (nothing,))
     items: tuple[CheckItem, ...] = tuple(i for c in checks for i in c.items)
     peak = max((c.peak_bytes or 0 for c in checks), default=0)
     return ModelCheck(all(c.ok for c in checks), items, peak or None)

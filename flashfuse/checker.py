@@ -11,6 +11,7 @@ gradient but what it is the difference of: a fused backward recomputes weights f
 from __future__ import annotations
 
 import math
+import re
 import resource
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -209,9 +210,15 @@ def check_graph(
 ) -> ModelCheck:
     """A whole graph against its rewrite on real inputs, dropout taken out of both."""
     plain, ours = without_dropout(original), without_dropout(rewritten)
-    names = [n.name for n in original.graph.nodes if n.op == "placeholder"]
+    names = [_user_name(n) for n in original.graph.nodes if n.op == "placeholder"]
     items = check_runs(plain, ours, exact_copy(plain), inputs, names, backward)
     return ModelCheck(all(i.ok for i in items), items, peak_bytes())
+
+
+def _user_name(placeholder: fx.Node) -> str:
+    """``h.0.attn.weight`` rather than Dynamo's ``l_self_modules_h_modules_0_…_parameters_weight_``."""
+    name = re.sub(r"^L?l?_?(model_|self_)*(modules_|kwargs_|args_)?", "", placeholder.name).strip("_")
+    return re.sub(r"_(?:modules|parameters|buffers)_", ".", name)
 
 
 def peak_bytes() -> int:
