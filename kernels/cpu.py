@@ -21,7 +21,7 @@ from flashfuse.kernels.cpu_blas import Dropout, additive_of
 from flashfuse.kernels.cpu_score import Form, Sizes, Tile, TileValues, form_of, tiles
 from flashfuse.kernels.expr import KV, Q, compare
 from flashfuse.kernels.ops import empty_bhsd
-from flashfuse.kernels.spec import ScoreProgram
+from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -77,7 +77,9 @@ def backward(
     if 0 in (*q.shape[:3], k.shape[2]):
         grads = [empty_bhsd(t, t.shape).zero_() for t in (q, k, v)]
         return grads + [captures[i].new_zeros(captures[i].shape) for i in capture_grads]
-    if not (dropout_p or capture_grads) and _is_native(form_of(program)):
+    # Equal scores have gradients that the fused kernel, which gives dead rows no weight, does not make.
+    equal_scores = program.dead_rows in UNIFORM and bool((lse == float("-inf")).any())
+    if not (dropout_p or capture_grads or equal_scores) and _is_native(form_of(program)):
         site = _Native(q, k, v, captures, ints, program)
         every = list(site.tiles())
         if not _has_short_rows(site, every):
@@ -215,7 +217,7 @@ def _native_forward(site: _Native, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
                 lse[rows] = lse[rows].masked_fill(dead, float("-inf"))
         if dead is not None and site.program.dead_rows == "nan":
             out[rows] = out[rows].masked_fill(dead[..., None], float("nan"))
-        elif dead is not None and site.program.dead_rows == "mean":
+        elif dead is not None and site.program.dead_rows in AVERAGING:
             if mean is None:
                 mean = v[..., :v_dim].to(site.dtype).mean(2, keepdim=True).to(v.dtype)
                 mean = mean.repeat_interleave(heads // site.kv_heads, 1)
@@ -301,7 +303,7 @@ def _native_backward(
             dk[columns] += tile_dk
             dv[columns] += tile_dv
     dq, dk, dv = (x[..., : t.shape[-1]] for x, t in zip((dq, dk, dv), like, strict=True))
-    if any_dead and site.program.dead_rows in ("mean", "nan"):
+    if any_dead and site.program.dead_rows in ("nan", *AVERAGING):
         per_key = (do.to(site.dtype) * dead[..., None]).sum(2, keepdim=True) / kv_len
         if site.program.dead_rows == "nan":
             per_key = per_key.masked_fill(dead.any(2)[..., None, None], float("nan"))

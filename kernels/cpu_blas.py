@@ -22,7 +22,7 @@ from flashfuse.kernels.cpu_score import Sizes, Tile, TileValues, form_of, tiles
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import ONE, S, load
 from flashfuse.kernels.ops import empty_bhsd
-from flashfuse.kernels.spec import ScoreProgram
+from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram
 
 _TILE_ELEMENTS = 1 << 20
 """Scores per tile, over all heads: few enough to stay in cache, enough to share among threads."""
@@ -150,7 +150,8 @@ class _Site:
             # Such rows spread over every key, also those that no other row reaches.
             wide = tile.widened(form, self.sizes[3])
             return self.weights(wide, q_rows, k)
-        fill = {"mean": 1 / self.sizes[3], "nan": float("nan")}.get(self.program.dead_rows, 0.0)
+        averages = 1 / self.sizes[3] if self.program.dead_rows in AVERAGING else 0.0
+        fill = float("nan") if self.program.dead_rows == "nan" else averages
         weights.masked_fill_(dead, fill)
         lse.masked_fill_(dead, float("-inf"))
         return _Weights(tile, values, weights[0], lse[0], dead[0])
@@ -268,13 +269,15 @@ def backward(
             if bits is not None:
                 _drop(d_weights, bits)
             d_score = torch._softmax_backward_data(d_weights, w.weights, -1, site.dtype)
-            if w.dead is not None:
+            if w.dead is not None and program.dead_rows not in UNIFORM:
                 d_score.masked_fill_(w.dead, 0)
             if bits is not None:
                 _drop(w.weights, bits)
             dv_b[:, columns] += torch.bmm(w.weights.view(stacked).mT, do_rows)
             for x, slope in slopes:
                 gradient = d_score[None]
+                if w.dead is not None and program.dead_rows == "uniform_s":
+                    gradient = gradient.masked_fill(w.dead, 0)
                 if slope != ONE:
                     gradient = gradient * w.values.tensor(slope)
                 w.values.add_gradient(x, gradient, wanted[x.name])

@@ -23,6 +23,10 @@ from flashfuse.kernels.expr import (
 )
 
 DeadRows = Literal["none", "uniform", "uniform_s", "mean", "nan", "zero"]
+UNIFORM: tuple[DeadRows, ...] = ("uniform", "uniform_s")
+"""Dead rows whose gradients are those of equal scores."""
+AVERAGING: tuple[DeadRows, ...] = (*UNIFORM, "mean")
+"""Dead rows whose output is the average of v."""
 
 _RESERVED = {"s", *INDEX_VARS, *LENGTHS}
 

@@ -142,7 +142,7 @@ def test_scores_and_gradients_of_their_captures(text):
     Case(text, group=2, sizes=(1, 4, 40, 150)).check()
 
 
-@pytest.mark.parametrize("dead", ["zero", "nan", "mean"])
+@pytest.mark.parametrize("dead", ["zero", "nan", "mean", "uniform", "uniform_s"])
 @pytest.mark.parametrize(
     "text",
     [
@@ -159,7 +159,7 @@ def test_dead_rows(text, dead):
 
 
 def test_rows_of_a_bias_that_is_minus_infinity_are_dead():
-    for dead in ("zero", "nan", "mean"):
+    for dead in ("zero", "nan", "mean", "uniform", "uniform_s"):
         case = Case(f"s*0.125 + bias[h, q, kv] where kv <= q + 3 else {dead}")
         case.captures[0][:, 7] = float("-inf")
         case.captures[0][1, 9, :40] = float("-inf")
