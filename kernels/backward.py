@@ -1,4 +1,4 @@
-"""The backward kernels (FlashAttention-2, Dao 2023, algorithm 2, split in two so that nothing is added atomically).
+"""The backward kernels (FlashAttention-2, Dao 2023, algorithm 2, in two passes instead of atomic additions).
 
 With P the softmax weights, R the dropout keep-mask over 1 − p (1 without dropout):
 
@@ -69,7 +69,8 @@ def backward_prepare(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_rows(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, Lse, Norm, Delta, Seed, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
+    Q, K, V, DOut, Lse, Norm, Delta, Seed, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh,
+    sgs,
     H, GROUP, Sq, Skv, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr, EXACT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, DROPOUT: tl.constexpr,
@@ -145,7 +146,8 @@ def backward_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dkdv_tile(  # type: ignore[no-untyped-def]
-    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, kv_first, b, h, Sq, Skv,
+    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, kv_first, b, h, Sq,
+    Skv,
     ptrs, nums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
@@ -209,7 +211,8 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
     sxkb, sxkh, sxks, sxvb, sxvh, sxvs, H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIFORM: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    UNIFORM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program per (b, kv head, tile of BN keys); ``Map`` is the q_map.
@@ -251,7 +254,8 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
             start = tile_start(Row + 2, 0, num_tiles, BM, BLOCK)
             for i in range(0, num_tiles):
                 dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
+                    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv,
+                    first, b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                 )  # fmt: skip
@@ -260,7 +264,8 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
             start = tile_start(Row + 2 + partial, 0, num_tiles, BM, BLOCK)
             for i in range(0, num_tiles):
                 dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
+                    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv,
+                    first, b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                 )  # fmt: skip
@@ -272,14 +277,18 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                     dead = tl.load(lse_base + rows, mask=rows < Sq, other=0.0) == float("inf")
                     if tl.max(dead.to(tl.int32), 0) > 0:
                         dk, dv = _dkdv_tile(
-                            dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
-                            Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
+                            dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start,
+                            kv, first, b, h,
+                            Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
+                            FOLDED,
                             D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                         )  # fmt: skip
                 else:
                     dk, dv = _dkdv_tile(
-                        dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, first, b, h,
-                        Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
+                        dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv,
+                        first, b, h,
+                        Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
+                        FOLDED,
                         D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                     )  # fmt: skip
     dk = dk * dscale
@@ -374,7 +383,8 @@ def backward_dq(  # type: ignore[no-untyped-def]
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIFORM: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    UNIFORM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program per (b, h, tile of BM rows); ``Map`` is the kv_map."""
@@ -385,7 +395,8 @@ def backward_dq(  # type: ignore[no-untyped-def]
     h = bh % H
     kvh = h // GROUP
     first = tile * BM
-    b64, h64, kvh64, first64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8, kvh.to(tl.int64) * 8, first.to(tl.int64) * 8
+    b64, h64, kvh64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8, kvh.to(tl.int64) * 8
+    first64 = first.to(tl.int64) * 8
     local = tl.arange(0, BM)
     q = load_rows(Q + b64 * sqb + h64 * sqh + first64 * sqs, local, sqs, Sq - first, D, D_PAD, not EVEN)
     do = load_rows(DOut + b64 * sgb + h64 * sgh + first64 * sgs, local, sgs, Sq - first, DV, DV_PAD, not EVEN)
@@ -414,7 +425,8 @@ def backward_dq(  # type: ignore[no-untyped-def]
         start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
             dq = _dq_tile(
-                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
+                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+                ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, ACCUMULATE, SCALE, FOLDED,
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
             )  # fmt: skip
@@ -423,7 +435,8 @@ def backward_dq(  # type: ignore[no-untyped-def]
         start = tile_start(Row + 2 + partial, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
             dq = _dq_tile(
-                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
+                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+                ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM,
             )  # fmt: skip
@@ -432,15 +445,18 @@ def backward_dq(  # type: ignore[no-untyped-def]
         whole = keys // BN * BN
         for start in range(0, whole, BN):
             dq = _dq_tile(
-                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv, ptrs, nums, gptrs,
+                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+                ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM,
             )  # fmt: skip
-        if not EVEN:
+        if not EVEN:  # noqa: SIM102 (known when compiled; the inner one is not)
             if whole < keys:
                 dq = _dq_tile(
-                    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first, rows, b, h, Sq, Skv, ptrs, nums,
-                    gptrs, gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
+                    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first, rows, b, h, Sq, Skv,
+                    ptrs, nums,
+                    gptrs, gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE,
+                    FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True, PRECISION, UNIFORM,
                 )  # fmt: skip
     dq = dq * dscale

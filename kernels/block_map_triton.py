@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from flashfuse.kernels.block_map import BLOCK, block_count
 from flashfuse.kernels.codegen import CaptureType, Names, Printer, capture_type, generate, load_module, render
 from flashfuse.kernels.expr import variables
 from flashfuse.kernels.interval import bounds, needs_elements
-from flashfuse.kernels.launch import Launch, launch
+from flashfuse.kernels.launch import Launch, Launches, on_device
 from flashfuse.kernels.spec import ScoreProgram
 
 
@@ -28,29 +28,55 @@ def build_on_device(
     program: ScoreProgram,
 ) -> tuple[Tensor, Tensor]:
     """As ``block_map.build``, which checks the arguments."""
-    assert program.mask is not None
     nq, nkv = block_count(sizes[2]), block_count(sizes[3])
     kv_map = torch.empty((*lead, nq, 2 + nkv), dtype=torch.int32, device=device)
     q_map = torch.empty((*lead, nkv, 2 + nq), dtype=torch.int32, device=device)
     types, strides = zip(*map(capture_type, captures), strict=True) if captures else ((), ())
-    ptrs = tuple(captures)
     nums = (*(n for s in strides for n in s), *ints)
-    lengths = (sizes[2], sizes[3], nq, nkv, lead[1])
+    plan = _plan(program, types, nums, lead, sizes[2:], device)
+    ptrs = tuple(captures)
+    aligned = all(t.data_ptr() % 16 == 0 for t in ptrs)
+    states = None
+    with on_device(device):
+        by_element = plan.by_element
+        if by_element is not None:
+            states = torch.empty((*lead, nq, nkv), dtype=torch.int8, device=device)
+            plan.launches.run("states", aligned, lambda: by_element, states, ptrs)
+        plan.launches.run("rows", aligned, lambda: plan.rows, kv_map, q_map, states, ptrs)
+    return kv_map, q_map
+
+
+class _Plan(NamedTuple):
+    by_element: Launch | None
+    rows: Launch
+    launches: Launches
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    program: ScoreProgram,
+    types: tuple[CaptureType, ...],
+    nums: tuple[int, ...],
+    lead: tuple[int, int],
+    lengths: tuple[int, int],
+    device: torch.device,
+) -> _Plan:
+    """The launches of one map; compiled kernels belong to a device."""
+    assert program.mask is not None
+    nq, nkv = block_count(lengths[0]), block_count(lengths[1])
+    numbers = (nums, *lengths, nq, nkv, lead[1])
     planes = lead[0] * lead[1]
-    states: Tensor | None = None
+    by_element: Launch | None = None
     classify: Any = None
     chunk = 256
     if needs_elements(program.mask):
-        states = torch.empty((*lead, nq, nkv), dtype=torch.int8, device=device)
         mask = generate(program, types).mask
-        by_element = Launch(_block_states, planes * nq * nkv, (nums, *lengths, mask, BLOCK), num_warps=8)
-        launch(by_element, states, ptrs)
+        by_element = Launch(_block_states, planes * nq * nkv, (*numbers, mask, BLOCK), num_warps=8)
     else:
         classify, has_ranges = _classifier(program, types)
         chunk = 32 if has_ranges else 256
-    rows = Launch(_map_rows, planes * (nq + nkv), (nums, *lengths, classify, BLOCK, chunk))
-    launch(rows, kv_map, q_map, states, ptrs)
-    return kv_map, q_map
+    rows = Launch(_map_rows, planes * (nq + nkv), (*numbers, classify, BLOCK, chunk))
+    return _Plan(by_element, rows, Launches())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -92,7 +118,9 @@ def _map_rows(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) % (nq + nkv)
     if row < nq:
         out = KvMap + (plane.to(tl.int64) * nq + row) * (2 + nkv)
-        _map_row(out, States, plane, row, nkv, ptrs, nums, Sq, Skv, nq, nkv, Hm, False, CLASSIFY, BLOCK, CHUNK)
+        _map_row(
+            out, States, plane, row, nkv, ptrs, nums, Sq, Skv, nq, nkv, Hm, False, CLASSIFY, BLOCK, CHUNK
+        )
     else:
         row = row - nq
         out = QMap + (plane.to(tl.int64) * nkv + row) * (2 + nq)

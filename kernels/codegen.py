@@ -31,7 +31,6 @@ from flashfuse.kernels.expr import (
     S,
     const,
     contains,
-    is_bool,
     mul,
     variables,
     walk,
@@ -89,6 +88,7 @@ class Generated:
         dscale: the derivative of the score by ``s`` where it is constant; else ``dscore`` is set.
         accumulate: adds the gradients of the wanted captures into their float32 buffers.
         sums_rows: a wanted gradient is summed over the keys of a row, where the errors of dS add up.
+        loads_tiles: something is loaded per element, at an index of both q and kv.
     """
 
     score: Any
@@ -99,6 +99,7 @@ class Generated:
     dscale: float | None
     folded: bool
     sums_rows: bool
+    loads_tiles: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -111,9 +112,9 @@ def generate(
     """The functions of ``program`` over captures of these types.
 
     ``grads`` lists the captures whose gradient is wanted, with the types of their buffers.  Without
-    ``fold`` scores stay in natural units, which costs a multiplication and saves a rounding.
+    ``fold`` the scores are as exact as float32 allows, at more cost: natural units, a precise tanh.
     """
-    names = Names(program, captures)
+    names = Names(program, captures, precise=not fold)
     score, mask = program.score, program.mask
     scale = _plain_scale(score) if fold else None
     folded = fold and (scale is not None or is_moderate(score, names.kinds))
@@ -132,6 +133,12 @@ def generate(
         scale=scale,
         dscale=dscale,
         folded=folded,
+        loads_tiles=any(
+            node.op == "load" and {"q", "kv"} <= variables(node)
+            for e in (score, mask)
+            if e is not None
+            for node in walk(e)
+        ),
         sums_rows=any(_sums_rows(score, program.captures[index]) for index, _ in grads),
     )
 
@@ -178,7 +185,8 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.device_math import (
-    block_max, block_min, floordiv_float, floordiv_int, mod_float, mod_int, sigmoid, tanh, widened
+    block_max, block_min, floordiv_float, floordiv_int, mod_float, mod_int, sigmoid, tanh, tanh_precise,
+    widened
 )
 
 
@@ -188,7 +196,8 @@ from flashfuse.kernels.device_math import (
 class Names:
     """Where the captures and integers of a program lie in ``ptrs`` and ``nums``."""
 
-    def __init__(self, program: ScoreProgram, captures: Sequence[CaptureType]) -> None:
+    def __init__(self, program: ScoreProgram, captures: Sequence[CaptureType], precise: bool = False) -> None:
+        self.precise = precise
         self.types = dict(zip(program.captures, captures, strict=True))
         self.pointer = {name: f"ptrs[{i}]" for i, name in enumerate(self.types)}
         self.strides: dict[str, list[str]] = {}
@@ -326,7 +335,9 @@ class Printer:
         """The text of ``e`` computed as ``kind``."""
         own = kind_of(e, self.names.kinds)
         if e.is_const:
-            cast = {"bool": bool, "int": int, "float": float}[kind if own != "float" or kind == "bool" else "float"]
+            cast = {"bool": bool, "int": int, "float": float}[
+                kind if own != "float" or kind == "bool" else "float"
+            ]
             return literal(cast(e.value))
         text = self.text(e)
         if own == kind:
@@ -377,6 +388,8 @@ class Printer:
             return f"tl.where({self.as_kind(args[0], 'bool')}, {', '.join(values)})"
         if op in UNARY:
             value = self.as_kind(args[0], kind)
+            if op == "tanh" and self.names.precise:
+                return f"tanh_precise({value})"
             if op in ("tanh", "sigmoid"):
                 return f"{op}({value})"
             return f"tl.{'sqrt_rn' if op == 'sqrt' else op}({value})"
@@ -398,7 +411,8 @@ class Printer:
     def _load(self, e: Expr) -> str:
         name = e.args[0]
         kind = self.names.types[name]
-        text = f"tl.load({self.names.pointer[name]} + ({self.offset(e.operands, self.names.strides[name], kind.wide)}))"
+        offset = self.offset(e.operands, self.names.strides[name], kind.wide)
+        text = f"tl.load({self.names.pointer[name]} + ({offset}))"
         if kind.kind == "float":
             return f"{text}.to(tl.float32)"
         # Narrow integers would overflow in arithmetic.

@@ -18,41 +18,63 @@ class Config(NamedTuple):
     stages: int
 
 
-Row = tuple[Config, Config, Config, Config]
-"""Head dims up to 64, up to 128, up to 256; and up to 64 with dropout."""
-
 _C = Config
-_HALF: dict[tuple[str, int], Row] = {
+# (kernel, capability) → head dims up to 64, up to 128, up to 256; up to 64 with dropout
+_HALF: dict[tuple[str, int], tuple[Config, Config, Config, Config]] = {
     ("forward", 8): (_C(64, 64, 4, 3), _C(64, 64, 4, 3), _C(64, 32, 4, 2), _C(64, 64, 4, 3)),
     ("dkdv", 8): (_C(32, 64, 4, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1), _C(32, 64, 4, 2)),
     ("dq", 8): (_C(64, 64, 4, 2), _C(64, 32, 4, 2), _C(32, 32, 4, 1), _C(64, 32, 4, 2)),
     ("forward", 9): (_C(64, 128, 4, 2), _C(64, 64, 4, 3), _C(128, 64, 8, 2), _C(64, 64, 4, 3)),
-    ("dkdv", 9): (_C(64, 64, 4, 3), _C(32, 64, 4, 3), _C(32, 32, 8, 1), _C(64, 64, 4, 2)),
-    ("dq", 9): (_C(128, 64, 4, 3), _C(128, 64, 8, 3), _C(64, 32, 8, 2), _C(64, 32, 4, 3)),
+    ("dkdv", 9): (_C(64, 64, 4, 3), _C(32, 64, 4, 3), _C(64, 64, 8, 1), _C(64, 64, 4, 2)),
+    ("dq", 9): (_C(128, 64, 4, 3), _C(128, 64, 8, 3), _C(128, 32, 8, 2), _C(64, 32, 4, 3)),
     ("forward", 10): (_C(64, 64, 4, 3), _C(64, 64, 4, 3), _C(64, 64, 8, 2), _C(64, 64, 4, 3)),
     ("dkdv", 10): (_C(32, 64, 4, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1), _C(32, 64, 4, 2)),
     ("dq", 10): (_C(64, 64, 4, 2), _C(64, 64, 8, 2), _C(64, 32, 8, 1), _C(64, 32, 4, 2)),
 }
-_SINGLE: dict[str, Row] = {
-    "forward": (_C(32, 32, 4, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 1), _C(32, 32, 4, 2)),
-    "dkdv": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(32, 32, 8, 1)),
-    "dq": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(32, 32, 8, 1)),
+# Where every tile is full, on capability 9: (kernel, bucket, long sequences)
+_DENSE: dict[tuple[str, int, bool], Config] = {
+    ("forward", 64, False): _C(64, 64, 4, 3),
+    ("forward", 64, True): _C(64, 64, 4, 3),
+    ("forward", 128, True): _C(128, 128, 8, 3),
+    ("dkdv", 128, True): _C(64, 128, 8, 3),
+}
+_LONG = 4096
+# Where a bias or a mask is loaded per element its addresses take registers too.
+_TILE_LOADS = {"forward": _C(64, 64, 4, 2), "dkdv": _C(32, 64, 4, 2), "dq": _C(64, 32, 4, 2)}
+_SINGLE: dict[str, tuple[Config, Config, Config]] = {
+    "forward": (_C(32, 32, 4, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 1)),
+    "dkdv": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1)),
+    "dq": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1)),
 }
 
 
-def choose(kernel: str, head_dim: int, itemsize: int, capability: int, dropout: bool) -> Config:
-    """The config of a kernel.
+class Kind(NamedTuple):
+    """What the choice depends on.
 
-    Args:
-        kernel: ``forward``, ``dkdv`` or ``dq``.
-        head_dim: the larger of the padded D and Dv.
-        itemsize: bytes of an element of q.
-        capability: major compute capability of the device.
+    ``head_dim`` is the larger of the padded D and Dv, ``itemsize`` the bytes of an element of q,
+    ``capability`` the device's major compute capability, ``plain`` a score ``s*c`` without a mask,
+    ``loads_tiles`` that something is loaded per element.
     """
-    if itemsize == 2:
-        row = _HALF[kernel, min(max(capability, 8), 10)]
-    else:
-        row = _SINGLE[kernel]
-    if head_dim <= 64:
-        return row[3] if dropout else row[0]
-    return row[1] if head_dim <= 128 else row[2]
+
+    head_dim: int
+    itemsize: int
+    capability: int
+    dropout: bool
+    plain: bool
+    loads_tiles: bool
+    length: int
+
+
+def choose(kernel: str, kind: Kind) -> Config:
+    """The config of ``forward``, ``dkdv`` or ``dq``."""
+    bucket = 0 if kind.head_dim <= 64 else 1 if kind.head_dim <= 128 else 2
+    if kind.itemsize != 2:
+        return _SINGLE[kernel][bucket]
+    if kind.loads_tiles and bucket < 2:
+        return _TILE_LOADS[kernel]
+    capability = min(max(kind.capability, 8), 10)
+    if capability == 9 and kind.plain and not kind.dropout:
+        dense = _DENSE.get((kernel, (64, 128, 256)[bucket], kind.length >= _LONG))
+        if dense is not None:
+            return dense
+    return _HALF[kernel, capability][3 if kind.dropout and bucket == 0 else bucket]

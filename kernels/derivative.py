@@ -10,7 +10,6 @@ from flashfuse.kernels.expr import (
     ZERO,
     Expr,
     add,
-    call,
     compare,
     const,
     contains,

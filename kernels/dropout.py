@@ -1,4 +1,4 @@
-"""Dropout on the device: the keep mask by itself, and rows without keys, whose weights are 1/Skv before dropout."""
+"""Dropout on the device: the keep mask itself, and rows without keys (weights 1/Skv before dropout)."""
 
 from __future__ import annotations
 
@@ -53,5 +53,6 @@ def dead_rows_out(  # type: ignore[no-untyped-def]
             acc = dot_add(tl.where(keep, 1.0, 0.0).to(v.dtype), v, acc, PRECISION)
         acc = acc * (drop_scale / Skv)
         d = tl.arange(0, DV_PAD)
-        o_ptrs = Out + b64 * sob + h64 * soh + first.to(tl.int64) * 8 * sos + local[:, None] * (sos * 8) + d[None, :]
+        o_base = Out + b64 * sob + h64 * soh + first.to(tl.int64) * 8 * sos
+        o_ptrs = o_base + local[:, None] * (sos * 8) + d[None, :]
         tl.store(o_ptrs, acc.to(Out.dtype.element_ty), mask=dead[:, None] & (d < DV)[None, :])

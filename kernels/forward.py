@@ -54,7 +54,8 @@ def load_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    acc, l, m, q, k_base, v_base, sks, svs, start, q_first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh, threshold,
+    acc, l, m, q, k_base, v_base, sks, svs, start, q_first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
+    threshold,
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
@@ -148,30 +149,38 @@ def attention_forward(  # type: ignore[no-untyped-def]
         start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
             acc, l, m = _attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
-                threshold, SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
+                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
+                seed, bh,
+                threshold, SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN,
+                PRECISION,
             )  # fmt: skip
             start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
         num_tiles = tl.load(Row + 1) * (BLOCK // BN)
         start = tile_start(Row + 2 + partial, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
             acc, l, m = _attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
-                threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
+                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
+                seed, bh,
+                threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
+                PRECISION,
             )  # fmt: skip
             start = tile_start(Row + 2 + partial, i + 1, num_tiles, BN, BLOCK)
     else:
         whole = Skv // BN * BN
         for start in range(0, whole, BN):
             acc, l, m = _attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
-                threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
+                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
+                seed, bh,
+                threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
+                PRECISION,
             )  # fmt: skip
-        if not EVEN:
+        if not EVEN:  # noqa: SIM102 (known when compiled; the inner one is not)
             if whole < Skv:
                 acc, l, m = _attend(
-                    acc, l, m, q, k_base, v_base, sks, svs, whole, first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
-                    threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True, PRECISION,
+                    acc, l, m, q, k_base, v_base, sks, svs, whole, first, q_rows, b, h, Sq, Skv, ptrs, nums,
+                    seed, bh,
+                    threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True,
+                    PRECISION,
                 )  # fmt: skip
 
     # Not m = −inf: a row of NaN scores is not dead.

@@ -112,9 +112,7 @@ class _Bounds:
             return logical_not(possible), logical_not(certain)
         if op == "==":
             overlap = logical_and(_known("<=", a[0], b[1], TRUE), _known("<=", b[0], a[1], TRUE))
-            same = logical_and(
-                _known("<=", a[1], b[0], FALSE), _known("<=", b[1], a[0], FALSE)
-            )
+            same = logical_and(_known("<=", a[1], b[0], FALSE), _known("<=", b[1], a[0], FALSE))
             return same, overlap
         return _known(op, a[1], b[0], FALSE), _known(op, a[0], b[1], TRUE)
 
@@ -160,7 +158,9 @@ class _Bounds:
         if op in _MONOTONE:
             return call(op, low), call(op, high)
         if op == "abs":
-            inside = where(compare(">=", low, ZERO), low, where(compare("<=", high, ZERO), mul(high, const(-1)), ZERO))
+            inside = where(
+                compare(">=", low, ZERO), low, where(compare("<=", high, ZERO), mul(high, const(-1)), ZERO)
+            )
             return inside, maximum(call("abs", low), call("abs", high))
         if op == "*":
             return _corners([mul(x, y) for x in (low, high) for y in rest[0]])  # type: ignore[arg-type]

@@ -8,7 +8,10 @@ call :class:`Launches` calls the compiled kernel directly.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Launch(NamedTuple):
@@ -33,6 +36,16 @@ def launch(what: Launch, *tensors: Any) -> Any:
         num_stages=what.num_stages,
         enable_fp_fusion=True,
     )
+
+
+_NO_GUARD: AbstractContextManager[Any] = nullcontext()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return _NO_GUARD
+    return torch.cuda.device(device)
 
 
 class Launches:

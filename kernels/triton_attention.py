@@ -18,7 +18,7 @@ from flashfuse.kernels import backward as backward_kernels
 from flashfuse.kernels import block_map, configs, dropout
 from flashfuse.kernels.codegen import LOG2E, CaptureType, Generated, capture_type, generate
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward
-from flashfuse.kernels.launch import Launch, Launches, launch
+from flashfuse.kernels.launch import Launch, Launches, launch, on_device
 from flashfuse.kernels.ops import BLOCK, empty_bhsd
 from flashfuse.kernels.spec import ScoreProgram
 
@@ -52,7 +52,7 @@ def forward(
     ptrs = tuple(captures)
     mean = v.mean(2, dtype=torch.float32).contiguous() if site.averages and not site.dropout else None
     aligned = _aligned(q, k, v, *ptrs)
-    with _on(q.device):
+    with on_device(q.device):
         make = functools.partial(site.make_forward, kv_map)
         site.launches.run("forward", aligned, make, q, k, v, out, lse, kv_map, seed, mean, ptrs)
         if site.averages and site.dropout:
@@ -82,7 +82,12 @@ def backward(
     dq, dk, dv = empty_bhsd(q, q.shape), empty_bhsd(k, k.shape), empty_bhsd(v, v.shape)
     sums = tuple(torch.zeros(captures[i].shape, dtype=torch.float32, device=q.device) for i in wanted)
     if site.is_empty:
-        return [dq.zero_(), dk.zero_(), dv.zero_(), *(s.to(captures[i].dtype) for s, i in zip(sums, wanted, strict=True))]
+        return [
+            dq.zero_(),
+            dk.zero_(),
+            dv.zero_(),
+            *(s.to(captures[i].dtype) for s, i in zip(sums, wanted, strict=True)),
+        ]
     q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
     do, out = site.rows(do, 3), site.rows(out, 4)
     lse = lse.contiguous()
@@ -93,7 +98,7 @@ def backward(
     run = site.launches.run
     used, delta = torch.empty_like(lse), torch.empty_like(lse)
     norm = None if code.folded else torch.empty_like(lse)
-    with _on(q.device):
+    with on_device(q.device):
         run("prepare", aligned, site.make_prepare, out, do, lse, used, delta)
         if not code.folded or site.sums_rows_exactly:
             run("rows", aligned, site.make_rows, q, k, v, do, used, norm, delta, seed, ptrs)
@@ -114,8 +119,12 @@ def dropout_mask(seed: Tensor, dropout_p: float, sizes: tuple[int, int, int, int
     keep = torch.empty(sizes, dtype=torch.bool, device=seed.device)
     if keep.numel():
         programs = -(-q_len // 32) * -(-kv_len // 64) * batch * heads
-        with _on(seed.device):
-            launch(Launch(dropout.keep_mask, programs, (q_len, kv_len, _threshold(dropout_p), 32, 64)), keep, seed)
+        with on_device(seed.device):
+            launch(
+                Launch(dropout.keep_mask, programs, (q_len, kv_len, _threshold(dropout_p), 32, 64)),
+                keep,
+                seed,
+            )
     return keep
 
 
@@ -188,7 +197,10 @@ class _Site:
         # "mean" without dropout has a closed form; otherwise dead rows take a pass of their own.
         self.uniform = program.dead_rows in ("uniform", "uniform_s")
         self.fits = [_fits(t) for t in tensors]
-        self.strides = [_strides(t) if fits else _strides(t.contiguous()) for t, fits in zip(tensors, self.fits, strict=True)]
+        self.strides = [
+            _strides(t) if fits else _strides(t.contiguous())
+            for t, fits in zip(tensors, self.fits, strict=True)
+        ]
         types, numbers = _typed(captures)
         self.nums = (*(n for s in numbers for n in s), *ints)
         buffers = [torch.empty(captures[i].shape, device="meta") for i in wanted]
@@ -198,7 +210,7 @@ class _Site:
         self.code: Generated = generate(self.program, types, grads, self.precision != "ieee")
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
         self.launches = Launches()
-        self.capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
+        self.capability = _major_capability(q.device)
 
     def rows(self, t: Tensor, position: int) -> Tensor:
         """``t`` as the kernels read it: copied if its layout does not fit."""
@@ -221,8 +233,11 @@ class _Site:
         )
 
     def config(self, kernel: str) -> configs.Config:
+        plain = self.code.scale is not None and self.program.mask is None
         width = max(self.d_pad, self.dv_pad)
-        return configs.choose(kernel, width, self.itemsize, self.capability, self.dropout)
+        loads = self.code.loads_tiles
+        kind = configs.Kind(width, self.itemsize, self.capability, self.dropout, plain, loads, self.q_len)
+        return configs.choose(kernel, kind)
 
     # Launches.  Each gives the numbers and constexprs that follow the kernel's tensors.
 
@@ -302,12 +317,21 @@ class _Site:
         numbers = (
             *(self.nums, *self._four_strides, *_strides(dk), *_strides(dv)),
             *(*_strides(extra_k), *_strides(extra_v), *self._lengths, *_map_strides(q_map)),
-            *(*self._drop, self._dscale, code.score, None if uniform else code.mask, code.dscore, self._scale),
+            *(
+                *self._drop,
+                self._dscale,
+                code.score,
+                None if uniform else code.mask,
+                code.dscore,
+                self._scale,
+            ),
             *(code.folded, *self._dims, BLOCK, self.even, self.dropout, self.precision, uniform),
             *(config.bm, config.bn),
         )
         programs = -(-self.kv_len // config.bn) * self.batch * self.kv_heads
-        return Launch(backward_kernels.backward_dkdv, programs, numbers, config.warps, 1 if uniform else config.stages)
+        return Launch(
+            backward_kernels.backward_dkdv, programs, numbers, config.warps, 1 if uniform else config.stages
+        )
 
     def make_dq(
         self, dq: Tensor, sums: tuple[Tensor, ...], kv_map: Tensor | None, uniform: bool = False
@@ -318,7 +342,14 @@ class _Site:
         if self.kv_len == 1 or (uniform and self.program.dead_rows == "uniform_s"):
             accumulate = None
         numbers = (
-            *(self.nums, self.gnums, *self._four_strides, *_strides(dq), *self._lengths, *_map_strides(kv_map)),
+            *(
+                self.nums,
+                self.gnums,
+                *self._four_strides,
+                *_strides(dq),
+                *self._lengths,
+                *_map_strides(kv_map),
+            ),
             *(*self._drop, self._dscale, code.score, None if uniform else code.mask, code.dscore, accumulate),
             *(self._scale, code.folded, *self._dims, BLOCK, self.even, self.dropout, self.precision, uniform),
             *(config.bm, config.bn),
@@ -356,16 +387,29 @@ class _Site:
         grouped = (self.batch, self.kv_heads, self.group)
         if mode == "nan":
             any_dead = dead.view(*grouped, self.q_len).any(-1).any(-1)
-            total = torch.where(any_dead, float("nan"), 0.0)[..., None].expand(*grouped[:2], self.v_dim).contiguous()
+            total = (
+                torch.where(any_dead, float("nan"), 0.0)[..., None]
+                .expand(*grouped[:2], self.v_dim)
+                .contiguous()
+            )
         else:
             sums = torch.where(dead[..., None], do, 0).sum(2, dtype=torch.float32)
             total = sums.view(*grouped, self.v_dim).sum(2) / self.kv_len
         return None, total[:, :, None].expand(-1, -1, self.kv_len, -1)
 
 
+def _major_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, dropout_p: float) -> None:
     batch, heads, _, dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != dim or v.shape[:3] != k.shape[:3] or (k.shape[1] and heads % k.shape[1]):
+    if (
+        k.shape[0] != batch
+        or k.shape[3] != dim
+        or v.shape[:3] != k.shape[:3]
+        or (k.shape[1] and heads % k.shape[1])
+    ):
         raise ValueError(
             "expected q [B, H, Sq, D], k [B, H_kv, Skv, D], v [B, H_kv, Skv, Dv] with H a multiple of H_kv, "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -376,22 +420,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, dropout_p: floa
         raise ValueError(f"expected q, k, v of one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if dropout_p > 0 and seed is None:
         raise ValueError("expected a seed: dropout_p > 0")
-
-
-class _NoGuard:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
-_NO_GUARD = _NoGuard()
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _NO_GUARD
-    return torch.cuda.device(device)
 
 
 def _aligned(*tensors: Tensor) -> bool:

@@ -100,7 +100,9 @@ def run_case(implementation: Any, case: Case, device: str, seed: int = 0) -> Non
             given[i] = t
         expected, logs = attention_reference(*inputs, given, case.ints, program, case.dropout_p, keep)
         slopes = torch.autograd.grad(expected, [*inputs, *wanted], do.to(dtype), allow_unused=True)
-        filled = [torch.zeros_like(t) if g is None else g for t, g in zip([*inputs, *wanted], slopes, strict=True)]
+        filled = [
+            torch.zeros_like(t) if g is None else g for t, g in zip([*inputs, *wanted], slopes, strict=True)
+        ]
         return [expected.detach(), logs.detach(), *filled]
 
     exact, original = reference(torch.float64), reference(case.dtype)

@@ -23,7 +23,9 @@ def truth(program, captures, ints, sizes):
         for j in range(nkv):
             tile = allowed[..., i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
             full = tile.flatten(-2).all(-1) & ((j + 1) * BLOCK <= sizes[3])
-            states[..., i, j] = torch.where(full, FULL, torch.where(tile.flatten(-2).any(-1), PARTIAL, EMPTY)).char()
+            states[..., i, j] = torch.where(
+                full, FULL, torch.where(tile.flatten(-2).any(-1), PARTIAL, EMPTY)
+            ).char()
     return states
 
 

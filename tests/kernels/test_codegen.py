@@ -36,7 +36,9 @@ def test_derivative_is_that_of_autograd(text):
     value = evaluate(e, env)
     leaves = {S: s, load("bias", [var("h")]): bias}
     for leaf, tensor in leaves.items():
-        (expected,) = torch.autograd.grad(value.sum(), tensor, retain_graph=True, allow_unused=True, materialize_grads=True)
+        (expected,) = torch.autograd.grad(
+            value.sum(), tensor, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         ours = torch.as_tensor(evaluate(derivative(e, leaf), env), dtype=torch.float64).expand(value.shape)
         ours = ours if leaf == S else ours.sum().view(1)
         torch.testing.assert_close(ours.detach(), expected)
@@ -81,8 +83,14 @@ def test_literals_stay_float32():
 
 def test_capture_types():
     assert capture_type(torch.zeros(4, 16, 8)) == (CaptureType("float", "881", False), (16, 1))
-    assert capture_type(torch.zeros(4, 3, dtype=torch.int64).expand(4, 3)) == (CaptureType("int", "n1", False), (3,))
-    assert capture_type(torch.zeros(1, 5, dtype=torch.bool).expand(7, 5)) == (CaptureType("bool", "01", False), ())
+    assert capture_type(torch.zeros(4, 3, dtype=torch.int64).expand(4, 3)) == (
+        CaptureType("int", "n1", False),
+        (3,),
+    )
+    assert capture_type(torch.zeros(1, 5, dtype=torch.bool).expand(7, 5)) == (
+        CaptureType("bool", "01", False),
+        (),
+    )
     assert capture_type(torch.empty(2**16, 2**16, device="meta"))[0].wide
 
 
@@ -119,7 +127,10 @@ def test_what_the_kernels_need_not_compute(text, scale, dscale, folded):
 
 def test_every_operation_is_printed():
     """Text of the generated code for the operations that have a rule of their own."""
-    names = codegen.Names(ScoreProgram.parse("x[h] + i[b] + n"), (CaptureType("float", "1", False), CaptureType("int", "1", True)))
+    names = codegen.Names(
+        ScoreProgram.parse("x[h] + i[b] + n"),
+        (CaptureType("float", "1", False), CaptureType("int", "1", True)),
+    )
     for text, expected in {
         "kv // n": "floordiv_int(kv, nums[0])",
         "x[h] % 2.0": "mod_float(t0, 2.0)",

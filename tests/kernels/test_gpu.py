@@ -46,16 +46,20 @@ PROGRAMS = [
     (f"{SCALE} where kv <= q and pad[b, kv] else nan", left_pad, ()),
     (f"{SCALE} where pad[b, kv]", right_pad, ()),
     (f"{SCALE} where kv <= q and pad[b, kv] else uniform", left_pad, ()),
-    (f"{SCALE} + bias[h] where kv <= q and pad[b, kv] else uniform_s", lambda *n: [torch.randn(n[1]), *left_pad(*n)], (0,)),
+    (
+        f"{SCALE} + bias[h] where kv <= q and pad[b, kv] else uniform_s",
+        lambda *n: [torch.randn(n[1]), *left_pad(*n)],
+        (0,),
+    ),
     (f"{SCALE} where doc[b, q] == doc[b, kv] else zero", documents, ()),
     (f"{SCALE} where q // 64 == kv // 64 else zero", None, ()),
     (f"{SCALE} where allowed[0, q, kv] else zero", dense_mask, ()),
-    (f"tanh(s*0.02)*20.0 where kv <= q", None, ()),
+    ("tanh(s*0.02)*20.0 where kv <= q", None, ()),
     (f"{SCALE} + table[h, kv - q + Sq - 1]", bias("table"), (0,)),
     (f"{SCALE} + slope[h]*(kv - q) where kv <= q", bias("h"), (0,)),
     (f"{SCALE} + bias[0, h, q, kv]", bias("1", "h", "q", "kv"), (0,)),
     (f"{SCALE} + bias[b, 0, 0, kv] where kv <= q", bias("b", "1", "1", "kv"), (0,)),
-    (f"(s + gate[q])*sigmoid(gate[q])*0.1", bias("q"), (0,)),
+    ("(s + gate[q])*sigmoid(gate[q])*0.1", bias("q"), (0,)),
     (f"{SCALE} + bias[b, 0, q, kv]", hostile_bias, ()),
 ]
 CAUSAL = PROGRAMS[1]
@@ -77,8 +81,26 @@ def cases():
         yield make(program, captures, grads, sizes=(2, 3, 150, 129), kv_heads=1, dims=(40, 40), dtype=F32)
     for program, captures, grads in [CAUSAL, *PROGRAMS[3:6], *PROGRAMS[7:9], ALIBI, DENSE]:
         for p in (0.1, 0.5):
-            yield make(program, captures, grads, sizes=(2, 4, 300, 300), kv_heads=4, dims=(64, 64), dtype=BF16, dropout_p=p)
-        yield make(program, captures, grads, sizes=(1, 4, 257, 257), kv_heads=2, dims=(128, 128), dtype=F16, dropout_p=0.2)
+            yield make(
+                program,
+                captures,
+                grads,
+                sizes=(2, 4, 300, 300),
+                kv_heads=4,
+                dims=(64, 64),
+                dtype=BF16,
+                dropout_p=p,
+            )
+        yield make(
+            program,
+            captures,
+            grads,
+            sizes=(1, 4, 257, 257),
+            kv_heads=2,
+            dims=(128, 128),
+            dtype=F16,
+            dropout_p=0.2,
+        )
     for dims in [(8, 8), (40, 40), (96, 96), (128, 128), (192, 128), (256, 256), (64, 128), (80, 24)]:
         for dtype in (BF16, F16, F32):
             yield make(*CAUSAL, sizes=(1, 2, 300, 300), kv_heads=1, dims=dims, dtype=dtype)
