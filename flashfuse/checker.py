@@ -68,6 +68,8 @@ def compare(name: str, ours: Tensor, original: Tensor, exact: Tensor, magnitude:
 
 _LOW = {torch.finfo(d).min for d in (torch.float32, torch.bfloat16, torch.float16)}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MADE = {"zeros", "ones", "full", "new_full", "scalar_tensor", "tensor"}
+"""What makes a tensor of the default dtype, or of a literal one."""
 _CAST_METHODS = {"float", "half", "bfloat16"}
 
 
@@ -92,12 +94,15 @@ def exact_copy(gm: fx.GraphModule) -> fx.GraphModule:
         if node.op == "call_method" and node.target in _CAST_METHODS:
             node.target = "double"
         op = dialect.read(node)
+        if op is not None and op.name == "where" and not any(isinstance(x, fx.Node) for x in (op.get("input"), op.get("other"))):
+            # A choice between two numbers has the default dtype, whose range may be smaller.
+            node.op, node.target, node.args, node.kwargs = "call_function", _choose, tuple(op.args.values()), {}
         if op is not None and op.name == "scaled_dot_product_attention":
             # By definition: fused kernels have errors of their own, in float64 too.
             node.op, node.target, node.args, node.kwargs = "call_function", sdpa_math, (), op.args
-        if node.op == "call_function" and node.target in (torch.zeros, torch.ones, torch.full) and "dtype" not in node.kwargs:
-            fills = [a for a in node.args[1:] if isinstance(a, (bool, int))]
-            if node.target is not torch.full or not fills:
+        if op is not None and op.name in _MADE and "dtype" not in node.kwargs:
+            example = nodes.tensor(node)
+            if example is not None and example.is_floating_point():
                 node.kwargs = {**node.kwargs, "dtype": torch.float64}
     for name, child in list(copied.named_children()):
         if isinstance(child, fx.GraphModule):
@@ -106,12 +111,19 @@ def exact_copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
+def _choose(condition: Tensor, a: bool | int | float, b: bool | int | float) -> Tensor:
+    dtype = torch.float64 if isinstance(a, float) or isinstance(b, float) else None
+    return torch.where(condition, *(torch.tensor(x, dtype=dtype, device=condition.device) for x in (a, b)))
+
+
 def without_dropout(gm: fx.GraphModule) -> fx.GraphModule:
     """``gm`` with every dropout taken out, so that two graphs can be compared exactly."""
     copied = copy_graph_module(gm)
     for node in list(copied.graph.nodes):
         op = dialect.read(node)
-        if op is not None and op.name == "dropout":
+        if op is not None and op.name == "native_dropout":
+            node.target, node.args, node.kwargs = torch.native_dropout, (op.input, 0.0, True), {}
+        elif op is not None and op.name == "dropout":
             node.replace_all_uses_with(op.input)
             copied.graph.erase_node(node)
         elif op is not None and op.name == "scaled_dot_product_attention" and op.args.get("dropout_p"):
@@ -394,6 +406,9 @@ def extract(region: AttentionRegion, plan: Fuse) -> Site:
         op = dialect.read(node)
         if p and op is not None and op.name == "dropout" and node in region.interior:
             mapping[node] = graph.call_function(_drop, (mapping[op.input], keep_node, p))
+        elif p and op is not None and op.name == "native_dropout" and node in region.interior:
+            dropped = graph.call_function(_drop, (mapping[op.input], keep_node, p))
+            mapping[node] = graph.call_function(lambda x, keep: (x, keep), (dropped, keep_node))
         elif p and op is not None and op.name == "scaled_dot_product_attention":
             args = fx.map_arg(op.args, lambda n: mapping[n])
             mapping[node] = graph.call_function(sdpa_math, (), {**args, "keep": keep_node})

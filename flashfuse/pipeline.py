@@ -29,6 +29,7 @@ def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Report]:
     clock = time.perf_counter
     started = clock()
     new = copy_graph_module(gm)
+    nodes.name_in_place_results(new.graph)
     plans = plan(find_regions(new.graph))
     checker = SiteChecker() if options.verify == "full" else None
     checks: dict[str, SiteCheck] = {}

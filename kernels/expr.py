@@ -41,6 +41,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
 }
 _NEGATED = {"<=": ">", "<": ">=", ">=": "<", ">": "<=", "==": "!=", "!=": "=="}
+_TIGHTER = {("<", 1): "<=", (">=", 1): ">", ("<=", -1): "<", (">", -1): ">="}
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "*": operator.mul,
     "/": operator.truediv,
@@ -175,7 +176,7 @@ def _order(atom: Expr) -> tuple[int, str]:
 def add(*operands: Expr) -> Expr:
     """The sum.  Integral sums collect like terms; real sums keep their order, left to right."""
     if all(is_integral(operand) for operand in operands):
-        terms = _terms(Expr("+", *operands))
+        terms = _joined(_terms(Expr("+", *operands)))
         constant = terms.pop(None, 0)
         parts = [_scaled(a, c) for a, c in sorted(terms.items(), key=lambda t: _order(t[0])) if c != 0]  # type: ignore[arg-type]
         if constant != 0 or not parts:
@@ -191,6 +192,19 @@ def add(*operands: Expr) -> Expr:
                 parts.append(part)
         parts = parts or [ZERO]
     return parts[0] if len(parts) == 1 else Expr("+", *parts)
+
+
+def _joined(terms: dict[Expr | None, Number]) -> dict[Expr | None, Number]:
+    """``n·(x // n) + x % n`` becomes ``x``: the two digits that a reshape made of it."""
+    for low in [t for t in terms if t is not None and t.op == "%" and t.args[1].is_const]:
+        x, n = low.args
+        high = floordiv(x, n)
+        if low in terms and n.value > 0 and terms[low] and terms.get(high) == terms[low] * n.value:
+            coefficient = terms.pop(low)
+            del terms[high]
+            for atom, c in _terms(mul(x, const(coefficient))).items():
+                terms[atom] = terms.get(atom, 0) + c
+    return terms
 
 
 def neg(a: Expr) -> Expr:
@@ -337,6 +351,8 @@ def truth(e: Expr) -> Expr:
         return TRUE if e.value else FALSE
     if e.op == "!=" and _is_zero(e.args[1]):
         return truth(e.args[0])
+    if e.op == "where" and e.args[1].is_const and e.args[2].is_const:
+        return where(e.args[0], truth(e.args[1]), truth(e.args[2]))
     return e
 
 
@@ -347,11 +363,16 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
         if b.value in (0, 1):
             return a if (op == "==") == bool(b.value) else logical_not(a)
         return const(op == "!=")
+    if a.op == "where" and b.is_const and a.args[1].is_const and a.args[2].is_const:
+        return where(a.args[0], compare(op, a.args[1], b), compare(op, a.args[2], b))
     if is_integral(a) and is_integral(b) and not is_bool(a) and not is_bool(b):
         difference = sub(a, b)
         if difference.is_const:
             return const(bool(COMPARISONS[op](difference.value, 0)))
         a, op, b = _solved(difference, op)
+        if (op, shift := _terms(b).get(None, 0)) in _TIGHTER:
+            # Over the integers `kv < q + 1` is `kv <= q`.
+            op, b = _TIGHTER[op, shift], sub(b, const(shift))
     return Expr(op, a, b)
 
 
@@ -376,7 +397,7 @@ def logical_not(a: Expr) -> Expr:
         return inner
     if a.op in _NEGATED and (a.op in ("==", "!=") or all(is_integral(x) for x in a.operands)):
         # Not so for real operands: both `x <= y` and `x > y` are false where one is NaN.
-        return Expr(_NEGATED[a.op], *a.args)
+        return compare(_NEGATED[a.op], *a.args)
     if a.op == "and":
         return logical_or(*(logical_not(x) for x in a.operands))
     if a.op == "or":

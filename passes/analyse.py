@@ -110,11 +110,17 @@ def program(
     clean = lift.simplify(masked.score)
     allowed = lift.simplify(masked.allowed)
     if not E.contains(clean, S):
-        return Reason("no_score", "the softmax input does not depend on the product of q and k where it is not masked")
+        return Reason(
+            "no_score", "the softmax input does not depend on the product of q and k where it is not masked"
+        )
     if any(n.is_const and isinstance(n.value, float) and not math.isfinite(n.value) for n in E.walk(clean)):
-        return Reason("mask_form", f"an infinite constant that could not be separated from the score: {clean}")
+        return Reason(
+            "mask_form", f"an infinite constant that could not be separated from the score: {clean}"
+        )
     if E.contains(allowed, S):
-        return Reason("mask_on_score", f"the mask depends on the score itself: {allowed}", hint="use a mask of indices")
+        return Reason(
+            "mask_on_score", f"the mask depends on the score itself: {allowed}", hint="use a mask of indices"
+        )
     if allowed == E.FALSE:
         return Reason("all_masked", "no key is ever allowed")
     mask = None if allowed == E.TRUE else allowed
@@ -155,7 +161,9 @@ def _every_row_has_a_key(mask: Expr, lift: Lift, shape: AttentionShape) -> bool:
 
     square = same(shape.q_len, shape.kv_len)
     witnesses = [const(0)]
-    if square or (isinstance(shape.q_len, int) and isinstance(shape.kv_len, int) and shape.q_len <= shape.kv_len):
+    if square or (
+        isinstance(shape.q_len, int) and isinstance(shape.kv_len, int) and shape.q_len <= shape.kv_len
+    ):
         witnesses += [Q, E.add(Q, SKV, E.neg(SQ))]
     for witness in witnesses:
         placed = E.substitute(mask, lambda n, w=witness: w if n == KV else None)  # type: ignore[misc]

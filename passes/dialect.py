@@ -7,6 +7,8 @@ the node also writes to its input is said by :attr:`Op.mutates`.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +19,14 @@ from torch import fx
 _SIGNATURES: dict[str, str] = {
     # products
     "matmul": "input other",
-    "bmm": "input other",
     "baddbmm": "bias input other * beta alpha",
     "einsum": "equation *operands",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale enable_gqa",
     # the softmax and what surrounds it
     "softmax": "input dim dtype",
+    "safe_softmax": "input dim dtype",
+    "log_softmax": "input dim dtype",
+    "logsumexp": "input dim keepdim",
     "dropout": "input p training inplace",
     "native_dropout": "input p train",
     # arithmetic
@@ -46,9 +50,13 @@ _SIGNATURES: dict[str, str] = {
     "minimum": "input other",
     "maximum": "input other",
     "clamp": "input min max",
+    "clamp_min": "input min",
+    "clamp_max": "input max",
     "amax": "input dim keepdim",
     "max": "input dim keepdim",
     "sum": "input dim keepdim dtype",
+    "any": "input dim keepdim",
+    "all": "input dim keepdim",
     # conditions
     "le": "input other",
     "lt": "input other",
@@ -78,12 +86,14 @@ _SIGNATURES: dict[str, str] = {
     # index only
     "view": "input *shape",
     "reshape": "input *shape",
+    "reshape_as": "input other",
     "flatten": "input start_dim end_dim",
     "unflatten": "input dim sizes",
     "unsqueeze": "input dim",
     "squeeze": "input dim",
     "transpose": "input dim0 dim1",
     "permute": "input *dims",
+    "movedim": "input source destination",
     "t": "input",
     "mT": "input",
     "T": "input",
@@ -107,6 +117,8 @@ _SIGNATURES: dict[str, str] = {
     "pad": "input pad mode value",
     # tensors known by formula
     "arange": "start end step",
+    "diff": "input n dim prepend append",
+    "cumsum": "input dim dtype",
     "full": "size value",
     "zeros": "*size",
     "ones": "*size",
@@ -132,9 +144,12 @@ _SYNONYMS = {
     "negative": "neg",
     "absolute": "abs",
     "clip": "clamp",
-    "clamp_min": "clamp_min",
+    "mm": "matmul",
+    "bmm": "matmul",
     "special_softmax": "softmax",
+    "special_log_softmax": "log_softmax",
     "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
     "_safe_softmax": "safe_softmax",
     "less_equal": "le",
     "less": "lt",
@@ -156,8 +171,10 @@ _SYNONYMS = {
     "_to_copy": "to_copy",
     "type": "to",
     "_unsafe_view": "reshape",
+    "_unsafe_index": "index",
+    "numpy_T": "T",
     "view_as": "reshape_as",
-    "movedim": "movedim",
+    "moveaxis": "movedim",
     "swapaxes": "transpose",
     "swapdims": "transpose",
     "concat": "cat",
@@ -168,8 +185,6 @@ _SYNONYMS = {
     "lift_fresh_copy": "alias",
     "lift_fresh": "alias",
     "split_with_sizes": "split",
-    "feature_dropout": "feature_dropout",
-    "where_self": "where",
 }
 
 _IN_PLACE_OPERATORS = {
@@ -196,19 +211,24 @@ _KEYWORD_SYNONYMS = {
     "train": "training",
     "split_sizes": "split_size",
     "split_size_or_sections": "split_size",
-    "memory_format": "memory_format",
 }
 
+_WITHOUT_MEANING = {
+    "dtype", "device", "layout", "requires_grad", "pin_memory", "memory_format", "non_blocking", "copy",
+    "inplace", "half_to_float", "_stacklevel",
+}  # fmt: skip
+"""Keywords that say nothing which the example value of the result does not say, or that others read."""
+
+PRODUCTS = {"matmul", "baddbmm", "einsum"}
 ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "floordiv", "mod", "minimum", "maximum", "pow"}
 COMPARISON = {"le": "<=", "lt": "<", "ge": ">=", "gt": ">", "eq": "==", "ne": "!="}
 CASTS = {"to", "to_copy", "type_as", "float", "double", "half", "bfloat16", "bool", "long", "int"}
 VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "t", "mT", "T",
-    "expand", "expand_as", "alias", "detach", "slice", "select", "narrow", "chunk", "split", "unbind",
+    "view", "reshape", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute",
+    "movedim", "t", "mT", "T", "expand", "expand_as", "alias", "detach", "slice", "select", "narrow", "chunk",
+    "split", "unbind",
 }  # fmt: skip
 """Index-only operations whose result may share memory with the input."""
-
-_MUTATING_FUNCTIONS = {"setitem", "copy", "fill", "zero", "index_copy", "scatter", "index_put", "scatter_add"}
 
 
 @dataclass(frozen=True)
@@ -237,6 +257,9 @@ def read(node: fx.Node) -> Op | None:
     name, mutates = _name(node)
     if name == "getattr" and len(node.args) == 2 and node.args[1] in ("T", "mT"):
         return Op(str(node.args[1]), {"input": node.args[0]})
+    if name == "getattr" and len(node.args) == 2 and node.args[1] == "values":
+        # The named tuple of max, sort and the like.
+        return Op("getitem", {"input": node.args[0], "index": 0})
     if name == "arange":
         return _arange(node)
     signature = _SIGNATURES.get(name)
@@ -245,20 +268,19 @@ def read(node: fx.Node) -> Op | None:
     args = _bind(signature, node)
     if args is None:
         return None
-    if name in ("dropout", "native_dropout") and isinstance(node.target, torch._ops.OpOverload):
-        args["training"] = args.get("training", True)
-    if args.get("inplace") is True:
-        mutates = True
     if args.get("out") is not None:
         return None
-    return Op(name, args, mutates)
+    if name == "view" and ("dtype" in args or any(isinstance(a, torch.dtype) for a in args["shape"])):
+        # Reads the bits as another type.
+        return None
+    return Op(name, args, mutates or args.get("inplace") is True)
 
 
 def writes(node: fx.Node) -> list[fx.Node]:
     """The arguments whose memory ``node`` writes to."""
+    first = [a for a in node.args[:1] if isinstance(a, fx.Node)]
     if node.op == "call_module":
-        module = _module(node)
-        return [a for a in node.args[:1] if isinstance(a, fx.Node)] if getattr(module, "inplace", False) else []
+        return first if getattr(_module(node), "inplace", False) else []
     if node.op not in ("call_function", "call_method"):
         return []
     if isinstance(node.target, torch._ops.OpOverload):
@@ -266,14 +288,34 @@ def writes(node: fx.Node) -> list[fx.Node]:
         for i, argument in enumerate(node.target._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-                written += [value] if isinstance(value, fx.Node) else []
+                written += _tensors(value)
         return written
-    _, mutates = _name(node)
-    written = [a for a in node.args[:1] if isinstance(a, fx.Node)] if mutates else []
-    out = node.kwargs.get("out")
-    if node.kwargs.get("inplace") is True or (_name(node)[0] == "dropout" and len(node.args) > 3 and node.args[3]):
-        written += [a for a in node.args[:1] if isinstance(a, fx.Node)]
-    return written + ([out] if isinstance(out, fx.Node) else [])
+    outs = _tensors(node.kwargs.get("out"))
+    if _name(node)[1] or _inplace_argument(node):
+        return _tensors(node.args[0] if node.args else None) + outs
+    return outs
+
+
+def _tensors(x: Any) -> list[fx.Node]:
+    """The nodes of an argument that is one tensor or a list of them."""
+    return [n for n in (x if isinstance(x, (list, tuple)) else (x,)) if isinstance(n, fx.Node)]
+
+
+def _inplace_argument(node: fx.Node) -> bool:
+    """Whether ``inplace=True`` is said, by name or, as in ``F.relu(x, True)``, by position."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    position = _inplace_position(node.target) if callable(node.target) else None
+    return position is not None and len(node.args) > position and node.args[position] is not False
+
+
+@functools.lru_cache(maxsize=1024)
+def _inplace_position(target: Any) -> int | None:
+    try:
+        parameters = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def _name(node: fx.Node) -> tuple[str, bool]:
@@ -282,22 +324,34 @@ def _name(node: fx.Node) -> tuple[str, bool]:
     if isinstance(target, str):
         raw = target
     elif isinstance(target, torch._ops.OpOverload):
+        if target.namespace not in ("aten", "prims"):
+            return str(target), target._schema.is_mutable
         raw = target._schema.name.rpartition("::")[2]
-        if raw == "where" or raw == "pow" or target.namespace not in ("aten", "prims"):
-            raw = raw if target.namespace in ("aten", "prims") else str(target)
+    elif target is operator.not_ or not _is_torch(target):
+        return "", False
     else:
         raw = getattr(target, "__name__", str(target))
-    if target is operator.not_:
-        return "", False
     if raw in _IN_PLACE_OPERATORS and getattr(target, "__module__", "") == "_operator":
         return _IN_PLACE_OPERATORS[raw], True
+    if raw in ("setitem", "__setitem__"):
+        return "setitem", True
     raw = raw.strip("_") if raw.startswith("__") and raw.endswith("__") else raw
     if raw in _SYNONYMS:
         return _SYNONYMS[raw], False
     if raw.endswith("_") and not raw.endswith("__"):
-        base = raw[:-1]
-        return _SYNONYMS.get(base, base), True
-    return _SYNONYMS.get(raw, raw), raw in ("setitem",)
+        return _SYNONYMS.get(raw[:-1], raw[:-1]), True
+    return raw, False
+
+
+def _is_torch(target: Any) -> bool:
+    """Whether a function is PyTorch's or Python's own: others may have the same names."""
+    module = getattr(target, "__module__", None)
+    if module is None:
+        return True
+    if module.startswith("torch._ops."):
+        return module in ("torch._ops.aten", "torch._ops.prims")
+    own = module == "torch" or module.startswith("torch.")
+    return (own and not module.startswith("torch.masked")) or module in ("_operator", "builtins")
 
 
 def _bind(signature: str, node: fx.Node) -> dict[str, Any] | None:
@@ -319,15 +373,14 @@ def _bind(signature: str, node: fx.Node) -> dict[str, Any] | None:
             bound[name] = args[position]
             position += 1
     if position < len(args):
-        # aten spells some keyword-only arguments of torch positionally; alpha and beta are the ones met.
+        # More positional arguments than the vocabulary knows: they may change the meaning.
         return None
     known = {name.lstrip("*") for name in names}
     for key, value in node.kwargs.items():
         key = key if key in known else _KEYWORD_SYNONYMS.get(key, key)
-        if key == "sizes" and "shape" in known:
-            key = "shape"
-        if key == "sizes" and "size" in known:
-            key = "size"
+        key = next((k for k in ("shape", "size") if key == "sizes" and k in known), key)
+        if key not in known and key not in _WITHOUT_MEANING and value is not None:
+            return None
         bound[key] = value
     return bound
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -20,18 +19,12 @@ from flashfuse.kernels.expr import KV, B, Expr, H, Q, S, const
 from flashfuse.kernels.spec import AttentionShape, Reason, ScoreProgram
 from flashfuse.passes import analyse, dialect, nodes
 from flashfuse.passes.dialect import Op
-from flashfuse.passes.lift import SUMMED, Index, Lift, NotLiftable, Product, Scope, contraction, source_index
+from flashfuse.passes.indices import Index, NotLiftable, source_index
+from flashfuse.passes.lift import Lift, Scope
 from flashfuse.passes.nodes import Memory, Size, same, shape
-
-PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor of the graph and the index at which the site reads it, over ``b h q|kv d``."""
-
-    node: fx.Node
-    index: Index
+from flashfuse.passes.operands import Operand, copies, folded_heads_of, source
+from flashfuse.passes.rules import SUMMED, Product, contraction
+from flashfuse.passes.softmax import read_softmax, softmax_above
 
 
 @dataclass(frozen=True)
@@ -58,11 +51,11 @@ class AttentionRegion:
 
     def mapped(self, mapping: Mapping[fx.Node, fx.Node]) -> AttentionRegion:
         """The same site over the nodes of another graph that hold the same values."""
-        moved = {
-            name: Operand(mapping[getattr(self, name).node], getattr(self, name).index) for name in ("q", "k", "v")
-        }
         captures = {name: mapping[self.scope.captures[name]] for name in self.program.captures}
-        return dataclasses.replace(self, scope=dataclasses.replace(self.scope, captures=captures), **moved)
+        q, k, v = (Operand(mapping[o.node], o.index) for o in (self.q, self.k, self.v))
+        return dataclasses.replace(
+            self, scope=dataclasses.replace(self.scope, captures=captures), q=q, k=k, v=v
+        )
 
 
 @dataclass(frozen=True)
@@ -112,10 +105,10 @@ def _candidates(node: fx.Node) -> Iterator[Candidate]:
         return
     if op.name == "scaled_dot_product_attention":
         yield SdpaCall(node, op)
-    elif op.name in PRODUCTS:
+    elif op.name in dialect.PRODUCTS:
         for side in ("a", "b"):
             weights = _operand(node, op, side)
-            if weights is not None and _softmax_above(weights) is not None:
+            if weights is not None and softmax_above(weights) is not None:
                 yield WeightedSum(node, op, side)
                 return
 
@@ -126,103 +119,6 @@ def _operand(node: fx.Node, op: Op, side: str) -> fx.Node | None:
         return None
     operand = operands[0 if side == "a" else 1]
     return operand if isinstance(operand, fx.Node) and nodes.tensor(operand) is not None else None
-
-
-# --- the softmax ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """A softmax in any spelling: what it normalises, and along which dimension."""
-
-    output: fx.Node
-    input: fx.Node
-    dim: int
-    parts: tuple[fx.Node, ...]
-    zero_dead_rows: bool = False
-
-
-def read_softmax(node: fx.Node) -> Softmax | None:
-    op = dialect.read(node)
-    if op is None:
-        return None
-    if op.name in ("softmax", "safe_softmax"):
-        dim = op.args.get("dim")
-        example = nodes.tensor(op.input)
-        if example is None or not isinstance(dim, int):
-            return None
-        return Softmax(node, op.input, dim % example.ndim, (node,), op.name == "safe_softmax")
-    return _decomposed_softmax(node, op)
-
-
-def _decomposed_softmax(node: fx.Node, op: Op) -> Softmax | None:
-    """``exp(x - max(x)) / sum(exp(x - max(x)))``, with or without the maximum."""
-    if op.name != "div" or op.args.get("rounding_mode") is not None:
-        return None
-    numerator, denominator = op.args["input"], op.args["other"]
-    total = dialect.read(denominator) if isinstance(denominator, fx.Node) else None
-    if total is None or total.name != "sum" or total.input is not numerator or not total.get("keepdim", False):
-        return None
-    dim = _single_dim(total, numerator)
-    exponential = dialect.read(numerator)
-    if dim is None or exponential is None or exponential.name != "exp":
-        return None
-    x = exponential.input
-    parts = [node, denominator, numerator]
-    shifted = dialect.read(x) if isinstance(x, fx.Node) else None
-    if shifted is not None and shifted.name == "sub" and shifted.get("alpha", 1) == 1:
-        peak = _row_maximum(shifted.args["other"], shifted.input, dim)
-        if peak is not None:
-            return Softmax(node, shifted.input, dim, (*parts, x, *peak))
-    return Softmax(node, x, dim, tuple(parts)) if isinstance(x, fx.Node) else None
-
-
-def _single_dim(op: Op, of: fx.Node) -> int | None:
-    dim = op.args.get("dim")
-    if isinstance(dim, (list, tuple)) and len(dim) == 1:
-        dim = dim[0]
-    return dim % len(shape(of)) if isinstance(dim, int) and not isinstance(dim, bool) else None
-
-
-def _row_maximum(peak: Any, x: fx.Node, dim: int) -> tuple[fx.Node, ...] | None:
-    """The nodes of ``x.amax(dim, keepdim=True)`` or ``x.max(dim, keepdim=True)[0]``, if that is it."""
-    through: list[fx.Node] = []
-    while isinstance(peak, fx.Node):
-        op = dialect.read(peak)
-        if op is None:
-            return None
-        through.append(peak)
-        if op.name in ("amax", "max"):
-            fits = op.input is x and op.get("keepdim", False) and _single_dim(op, x) == dim
-            return tuple(through) if fits else None
-        if (op.name == "getitem" and op.args["index"] == 0) or op.name == "detach":
-            peak = op.input
-        else:
-            return None
-    return None
-
-
-_BETWEEN = (
-    {"contiguous", "clone", "alias", "dropout", "native_dropout", "repeat"} | dialect.CASTS | dialect.VIEWS
-) - {"detach"}
-
-
-def _softmax_above(weights: fx.Node) -> Softmax | None:
-    """The softmax that ``weights`` come from through casts, dropout and index-only operations."""
-    node: Any = weights
-    while isinstance(node, fx.Node):
-        softmax = read_softmax(node)
-        if softmax is not None:
-            return softmax
-        op = dialect.read(node)
-        if op is None or (op.name not in _BETWEEN and op.name != "getitem"):
-            return None
-        node = op.args.get("input")
-        if op.name == "getitem" and isinstance(node, fx.Node) and isinstance(nodes.value(node), tuple):
-            inner = dialect.read(node)
-            if inner is None or inner.name != "native_dropout" or op.args["index"] != 0:
-                return None
-    return None
 
 
 # --- candidates -------------------------------------------------------------------------------
@@ -237,7 +133,32 @@ class Candidate:
         self.softmax: tuple[fx.Node, ...] = ()
 
     def region(self, memory: Memory, live: set[fx.Node]) -> AttentionRegion:
+        """The site, read with the batch dimensions that let q, k and v stay views.
+
+        Raises:
+            Refused: it is left, and why.
+        """
+        read: list[AttentionRegion] = []
+        refused: list[Refused] = []
+        for frame in self.frames():
+            try:
+                read.append(self.read(frame, memory, live))
+            except Refused as refusal:
+                refused.append(refusal)
+        if read:
+            return min(read, key=lambda r: (_copies(r), same(r.shape.num_q_heads, 1)))
+        raise refused[0]
+
+    def frames(self) -> Iterator[Frame]:
+        """The ways to name the output's indices; each may use what reading the one before showed."""
         raise NotImplementedError
+
+    def read(self, frame: Frame, memory: Memory, live: set[fx.Node]) -> AttentionRegion:
+        raise NotImplementedError
+
+
+def _copies(region: AttentionRegion) -> int:
+    return sum(copies(o) for o in (region.q, region.k, region.v))
 
 
 @dataclass
@@ -250,42 +171,60 @@ class Frame:
     lift: Lift
 
 
-def _frame(sizes: tuple[Size, ...], q_at: int, d_at: int, heads: int | None, kv_len: Size) -> Frame:
+def _frames(sizes: tuple[Size, ...], q_at: int, d_at: int, kv_len: Size) -> Iterator[Frame]:
     """Names for the indices of an output of shape ``sizes`` with q and d at the given places.
 
-    The other dimensions are batch dimensions: the last is ``h``, those before it are folded into
-    ``b``.  A single one is ``b``, or ``b·heads + h`` when ``heads`` is given.
+    The other dimensions are batch dimensions: the first ones are folded into ``b``, the others into
+    ``h``.  A single one is ``b``, and where the site splits it, ``b·heads + h``.
     """
     rest = [i for i in range(len(sizes)) if i not in (q_at, d_at)]
+    if len(rest) > 1:
+        for cut in range(len(rest) - 1, 0, -1):
+            yield _frame(sizes, rest[:cut], rest[cut:], q_at, d_at, kv_len)
+        return
+    plain = _frame(sizes, rest, [], q_at, d_at, kv_len)
+    yield plain
+    heads = _folded_heads(plain.lift) if rest else None
+    if heads is not None and rest:
+        folded = _frame(sizes, [], [], q_at, d_at, kv_len)
+        folded.batch, folded.heads = sizes[rest[0]] // heads, heads
+        folded.out_index[rest[0]] = E.add(E.mul(B, const(heads)), H)
+        folded.lift.bounds |= {"b": folded.batch, "h": heads}
+        yield folded
+
+
+def _frame(
+    sizes: tuple[Size, ...], b_at: list[int], h_at: list[int], q_at: int, d_at: int, kv_len: Size
+) -> Frame:
     index: list[Expr] = [const(0)] * len(sizes)
-    batch: Size = 1
-    num_heads: Size = 1
-    scope = Scope()
-    lift = Lift(scope, {})
-    if len(rest) == 1 and heads is None:
-        batch, index[rest[0]] = sizes[rest[0]], B
-    elif len(rest) == 1:
-        assert heads is not None
-        batch, num_heads = sizes[rest[0]] // heads, heads
-        index[rest[0]] = E.add(E.mul(B, const(heads)), H)
-    elif rest:
-        num_heads, index[rest[-1]] = sizes[rest[-1]], H
-        batch = nodes.product(sizes[i] for i in rest[:-1])
-        lift.bounds["b"] = batch
+    lift = Lift(Scope(), {})
+    totals: list[Size] = []
+    for variable, places in ((B, b_at), (H, h_at)):
+        lift.bounds[variable.args[0]] = total = nodes.product(sizes[i] for i in places)
+        totals.append(total)
         stride: Size = 1
-        for i in reversed(rest[:-1]):
-            digit = E.floordiv(B, lift.size(stride))
-            index[i] = digit if i == rest[0] else E.mod(digit, lift.size(sizes[i]))
+        for i in reversed(places):
+            digit = E.floordiv(variable, lift.size(stride))
+            index[i] = digit if i == places[0] else E.mod(digit, lift.size(sizes[i]))
             stride = stride * sizes[i]
+            index[i] = const(0) if same(sizes[i], 1) else lift.simplify(index[i])
     index[q_at], index[d_at] = Q, SUMMED
-    lift.bounds |= {"b": batch, "h": num_heads, "q": sizes[q_at], "kv": kv_len, "d": sizes[d_at]}
-    for i in rest:
-        if same(sizes[i], 1):
-            index[i] = const(0)
+    lift.bounds |= {"q": sizes[q_at], "kv": kv_len, "d": sizes[d_at]}
     for name, size in (("Skv", kv_len), ("Sq", sizes[q_at])):
         if not isinstance(size, int):
-            scope.sizes[size] = E.var(name)
-    return Frame(index, batch, num_heads, lift)
+            lift.scope.sizes[size] = E.var(name)
+    return Frame(index, totals[0], totals[1], lift)
+
+
+def _folded_heads(lift: Lift) -> int | None:
+    """The number of heads that a folded batch dimension holds, read off ``b // n`` and ``b % n``."""
+    found = {
+        int(n.args[1].value)
+        for e in lift.indices
+        for n in E.walk(e)
+        if n.op in ("%", "//") and n.args[0] == B and n.args[1].is_const
+    }
+    return max(found) if found else None
 
 
 class WeightedSum(Candidate):
@@ -296,23 +235,14 @@ class WeightedSum(Candidate):
         self.side = side
         weights = _operand(node, op, side)
         assert weights is not None
-        softmax = _softmax_above(weights)
+        softmax = softmax_above(weights)
         assert softmax is not None
         self.found = softmax
         self.softmax = softmax.parts
 
-    def region(self, memory: Memory, live: set[fx.Node]) -> AttentionRegion:
+    def frames(self) -> Iterator[Frame]:
         q_at, d_at = self._places()
-        plain = self._read(_frame(shape(self.node), q_at, d_at, None, self._kv_len()), memory, live)
-        if len(shape(self.node)) != 3:
-            return plain
-        heads = _folded_heads(plain)
-        if heads is None:
-            return plain
-        try:
-            return self._read(_frame(shape(self.node), q_at, d_at, heads, self._kv_len()), memory, live)
-        except (Refused, NotLiftable):
-            return plain
+        yield from _frames(shape(self.node), q_at, d_at, self._kv_len())
 
     def _kv_len(self) -> Size:
         return shape(self.found.input)[self.found.dim]
@@ -335,12 +265,15 @@ class WeightedSum(Candidate):
             raise Refused(Reason("not_attention", "a product without separate rows and columns"))
         return only_weights[-1], only_values[-1]
 
-    def _read(self, frame: Frame, memory: Memory, live: set[fx.Node]) -> AttentionRegion:
+    def read(self, frame: Frame, memory: Memory, live: set[fx.Node]) -> AttentionRegion:
         lift = frame.lift
+        lift.opaque = memory.barriers(self.node)
         if self.op.name == "baddbmm" and (self.op.get("beta", 1) != 0 or self.op.get("alpha", 1) != 1):
             raise Refused(Reason("output_bias", "the product with v is scaled or added to inside baddbmm"))
         # The contraction calls its summed index d; here that is kv, and d is the column of v.
-        product = contraction(self.node, self.op, tuple(_COLUMN if e == SUMMED else e for e in frame.out_index))
+        product = contraction(
+            self.node, self.op, tuple(_COLUMN if e == SUMMED else e for e in frame.out_index)
+        )
         if product is None:
             raise Refused(Reason("not_attention", "a product of this form"))
         renamed = {SUMMED: KV, _COLUMN: SUMMED}
@@ -350,12 +283,24 @@ class WeightedSum(Candidate):
         ]
         (weights, w_index), (v, v_index) = sides if self.side == "a" else sides[::-1]
         chain, index, dropout_p = self._follow(weights, w_index, lift)
-        if index[self.found.dim] != KV:
+        if index[self.found.dim] != KV and not (
+            same(self._kv_len(), 1) and index[self.found.dim] == const(0)
+        ):
             raise Refused(
-                Reason("softmax_axis", "the softmax does not run over the axis that the product with v sums over")
+                Reason(
+                    "softmax_axis", "the softmax does not run over the axis that the product with v sums over"
+                )
             )
         if any(E.contains(e, KV) for i, e in enumerate(index) if i != self.found.dim):
             raise Refused(Reason("softmax_axis", "the key index also appears outside the softmax axis"))
+        if not same(product.length, self._kv_len()):
+            raise Refused(
+                Reason(
+                    "weights_path",
+                    "some weights are cut off before the product with v",
+                    nodes.source(self.node),
+                )
+            )
         return _region(
             self, frame, self.found.input, index, Operand(v, v_index), chain, dropout_p, memory, live,
             self.found.zero_dead_rows,
@@ -370,6 +315,14 @@ class WeightedSum(Candidate):
             chain.append(node)
             op = dialect.read(node)
             assert op is not None
+            if node in lift.opaque:
+                raise Refused(
+                    Reason(
+                        "weights_path",
+                        f"`{node.name}` is written to later, or lets no gradient through",
+                        nodes.source(node),
+                    )
+                )
             if op.name == "getitem" and isinstance(nodes.value(op.input), tuple):
                 node = op.input
                 continue
@@ -380,13 +333,23 @@ class WeightedSum(Candidate):
                         raise Refused(Reason("two_dropouts", "the weights are dropped out twice"))
                     if not isinstance(p, (int, float)) or not 0 <= p < 1:
                         raise Refused(Reason("dropout", f"dropout with p={p}"))
+                    names: set[str] = set().union(*(E.variables(e) for e in index))
+                    if any(
+                        not same(n, 1)
+                        for name, n in lift.bounds.items()
+                        if name in {"b", "h", "q", "kv"} - names
+                    ):
+                        raise Refused(Reason("dropout", "several weights share one draw of the dropout"))
                     dropout_p = float(p)
                 node = op.input
                 continue
             if op.name in dialect.CASTS:
                 after = nodes.tensor(node)
                 if after is None or not after.dtype.is_floating_point:
-                    raise Refused(Reason("weights_path", "the weights are cast to integers"))
+                    dtype = "something else" if after is None else str(after.dtype).removeprefix("torch.")
+                    raise Refused(
+                        Reason("weights_path", f"the weights are cast to {dtype}", nodes.source(node))
+                    )
                 node = op.input
                 continue
             try:
@@ -407,24 +370,30 @@ _COLUMN = E.var("e")
 class SdpaCall(Candidate):
     """A call of ``scaled_dot_product_attention``."""
 
-    def region(self, memory: Memory, live: set[fx.Node]) -> AttentionRegion:
+    def frames(self) -> Iterator[Frame]:
+        key = self.op.args.get("key")
+        if nodes.tensor(self.node) is None or not isinstance(key, fx.Node) or nodes.tensor(key) is None:
+            raise Refused(Reason("sdpa_inputs", "q, k, v and the output are not all dense tensors"))
+        sizes = shape(self.node)
+        yield from _frames(sizes, len(sizes) - 2, len(sizes) - 1, shape(key)[-2])
+
+    def read(self, plain: Frame, memory: Memory, live: set[fx.Node]) -> AttentionRegion:
         args = self.op.args
         tensors = [args.get(name) for name in ("query", "key", "value")]
         if any(not isinstance(t, fx.Node) or nodes.tensor(t) is None for t in tensors):
             raise Refused(Reason("sdpa_inputs", "q, k and v are not all dense tensors"))
         q, k, v = (t for t in tensors if isinstance(t, fx.Node))
-        if nodes.tensor(self.node) is None:
-            raise Refused(Reason("sdpa_output", "the output is not a dense tensor"))
         sizes = shape(self.node)
-        rank = len(sizes)
-        k_sizes = shape(k)
-        plain = _frame(sizes, rank - 2, rank - 1, None, k_sizes[-2])
         scale, dropout_p = nodes.constant(args.get("scale")), nodes.constant(args.get("dropout_p") or 0.0)
         if scale is None:
             if not isinstance(shape(q)[-1], int):
                 raise Refused(Reason("head_dim", "the head dimension is dynamic"))
             scale = float(shape(q)[-1]) ** -0.5
-        if not isinstance(scale, (int, float)) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
+        if (
+            not isinstance(scale, (int, float))
+            or not isinstance(dropout_p, (int, float))
+            or not 0 <= dropout_p < 1
+        ):
             raise Refused(Reason("sdpa_arguments", f"scale={scale!r}, dropout_p={dropout_p!r}"))
         lift, batch = plain.lift, tuple(plain.out_index[:-2])
 
@@ -438,13 +407,15 @@ class SdpaCall(Candidate):
                     out.append(const(0))
                 elif same(n, full):
                     out.append(e)
-                elif args.get("enable_gqa") and isinstance(n, int) and isinstance(full, int) and full % n == 0:
+                elif (
+                    args.get("enable_gqa") and isinstance(n, int) and isinstance(full, int) and full % n == 0
+                ):
                     out.append(E.floordiv(e, const(full // n)))
                 else:
                     raise Refused(Reason("sdpa_inputs", f"batch dimensions of sizes {n} and {full}"))
             return tuple(out)
 
-        lift.opaque = memory.opaque
+        lift.opaque = memory.barriers(self.node)
         score = E.mul(S, const(float(scale)))
         mask = args.get("attn_mask")
         try:
@@ -466,7 +437,19 @@ class SdpaCall(Candidate):
             Operand(k, (*lead(k), KV, SUMMED)),
             Operand(v, (*lead(v), KV, SUMMED)),
         )
-        return _assemble(self, plain, operands, score, nodes.value(q).dtype, [], float(dropout_p), memory, live, True)
+        return _assemble(
+            self,
+            plain,
+            operands,
+            shape(q)[-1],
+            score,
+            nodes.value(q).dtype,
+            [],
+            float(dropout_p),
+            memory,
+            live,
+            True,
+        )
 
 
 # --- from a reading to a region -----------------------------------------------------------------
@@ -486,31 +469,45 @@ def _region(
 ) -> AttentionRegion:
     """The region whose softmax normalises ``scores`` at ``index``."""
     lift = frame.lift
-    products: list[tuple[Operand, Operand]] = []
+    products: list[tuple[Operand, Operand, Size]] = []
 
     def at_product(product: Product) -> Expr | None:
         a, b = Operand(product.a, product.a_index), Operand(product.b, product.b_index)
         if _reads(a, KV) or _reads(b, Q):
             a, b = b, a
-        if not _reads(a, Q) or not _reads(b, KV) or _reads(a, KV) or _reads(b, Q):
+        one_row, one_key = (same(lift.bounds[name], 1) for name in ("q", "kv"))
+        if not (_reads(a, Q) or one_row) or not (_reads(b, KV) or one_key) or _reads(a, KV) or _reads(b, Q):
             return None
-        if (a, b) not in products:
+        if (a, b, product.length) not in products:
             if products:
                 return None
-            products.append((a, b))
+            products.append((a, b, product.length))
         return S
 
-    lift.at_product, lift.opaque = at_product, memory.opaque
+    lift.at_product = at_product
     score = lift.element(scores, index)
     if not E.contains(score, S):
-        if products or any(_dot_like(n) for n in (*lift.leaves, *lift.visited)):
+        if products or scores_like(scores):
             raise Refused(_why_no_product(scores, lift))
         raise Refused(Reason("not_attention", "the softmax input is not a product of two tensors"))
-    q, k = products[0]
+    q, k, head_dim = products[0]
+    if same(lift.bounds["q"], 1) and not any(_reads(k, e) for e in (B, H)) and not same(frame.batch, 1):
+        # A router of experts: every row against a matrix that all share is a projection.
+        raise Refused(Reason("not_attention", "one query per entry of the batch, and the same keys for all"))
     scores_value = nodes.tensor(scores)
     assert scores_value is not None
     return _assemble(
-        candidate, frame, (q, k, v), score, scores_value.dtype, chain, dropout_p, memory, live, zero_dead_rows
+        candidate,
+        frame,
+        (q, k, v),
+        head_dim,
+        score,
+        scores_value.dtype,
+        chain,
+        dropout_p,
+        memory,
+        live,
+        zero_dead_rows,
     )
 
 
@@ -518,21 +515,28 @@ def _reads(operand: Operand, variable: Expr) -> bool:
     return any(E.contains(e, variable) for e in operand.index)
 
 
-def _dot_like(node: fx.Node) -> bool:
-    op = dialect.read(node)
-    return op is not None and op.name in PRODUCTS
-
-
 def _why_no_product(scores: fx.Node, lift: Lift) -> Reason:
     for node, message in lift.stops.items():
-        return Reason("score_path", f"between the product of q and k and the softmax: {message}", nodes.source(node))
-    return Reason("score_path", "the softmax input is not a function of one product of q and k", nodes.source(scores))
+        return Reason(
+            "score_path", f"between the product of q and k and the softmax: {message}", nodes.source(node)
+        )
+    for node in lift.leaves:
+        op = dialect.read(node)
+        if op is None and node.op not in ("placeholder", "get_attr"):
+            message = (
+                f"between the product of q and k and the softmax: `{node.name}`, which is not elementwise"
+            )
+            return Reason("score_path", message, nodes.source(node))
+    return Reason(
+        "score_path", "the softmax input is not a function of one product of q and k", nodes.source(scores)
+    )
 
 
 def _assemble(
     candidate: Candidate,
     frame: Frame,
     operands: tuple[Operand, Operand, Operand],
+    head_dim: Size,
     score: Expr,
     score_dtype: torch.dtype,
     chain: list[fx.Node],
@@ -542,21 +546,14 @@ def _assemble(
     zero_dead_rows: bool,
 ) -> AttentionRegion:
     node, lift = candidate.node, frame.lift
-    interior = [n for n, e in lift.visited.items() if E.contains(e, S)] + chain
-    masks = [n for n in lift.visited if n not in interior]
+    lengths = (head_dim, head_dim, lift.bounds["d"])
+    chain_nodes = dict.fromkeys(chain)
+    interior = dict.fromkeys(n for n, e in lift.visited.items() if E.contains(e, S)) | chain_nodes
+    interior |= dict.fromkeys(u for n in interior for u in n.users if u.target in _ASSERTIONS)
+    masks = dict.fromkeys(n for n in lift.visited if n not in interior)
     inside = {*interior, node}
-    for n in interior:
-        for user in n.users:
-            if user not in inside and user in live:
-                raise Refused(
-                    Reason(
-                        "weights_escape",
-                        f"`{n.name}`, inside the site, is also used by `{user.name}`",
-                        nodes.source(n),
-                        "do not return the attention weights (output_attentions=False)",
-                    )
-                )
-    q, k, v = (_source(operand, lift) for operand in operands)
+    _check_escapes(inside, masks, lift, live, memory, node)
+    q, k, v = (_view(operand, length, lift) for operand, length in zip(operands, lengths, strict=True))
     shape_ = _shape(frame, q, k, v, lift, node)
     program = analyse.program(score, score_dtype, lift, shape_, zero_dead_rows)
     if isinstance(program, Reason):
@@ -564,9 +561,12 @@ def _assemble(
     loads = dict.fromkeys((*(lift.scope.captures[name] for name in program.captures), q.node, k.node, v.node))
     for leaf in loads:
         if leaf in inside:
-            raise Refused(Reason("score_path", f"`{leaf.name}` depends on the scores themselves", nodes.source(leaf)))
+            raise Refused(
+                Reason("score_path", f"`{leaf.name}` depends on the scores themselves", nodes.source(leaf))
+            )
     changed = [n for n in loads if memory.loads_change(n, node)]
-    changed += [n for n in (*interior, *masks) if n not in loads and memory.meaning_changes(n, node, lift.visited)]
+    read = lift.visited.keys() | chain_nodes.keys()
+    changed += [n for n in (*interior, *masks) if n not in loads and memory.meaning_changes(n, node, read)]
     if changed:
         raise Refused(
             Reason(
@@ -583,111 +583,83 @@ def _assemble(
     notes = _assumptions(score, program)
     return AttentionRegion(
         node.name, node, tuple(frame.out_index), q, k, v, shape_, program, lift.scope, dropout_p,
-        tuple(dict.fromkeys(interior)), tuple(masks), notes, nodes.source(node),
+        tuple(interior), tuple(masks), notes, nodes.source(node),
     )  # fmt: skip
+
+
+_ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
+"""What export says of a tensor's dtype and sizes; it goes with the tensor."""
+
+
+def _check_escapes(
+    inside: set[fx.Node],
+    masks: dict[fx.Node, None],
+    lift: Lift,
+    live: set[fx.Node],
+    memory: Memory,
+    end: fx.Node,
+) -> None:
+    """Refuses a site of which something else needs a value that the fused kernel does not make.
+
+    Masks shaped ``like`` the scores read their sizes only.
+    """
+    for n in inside - {end}:
+        for user in n.users:
+            if user in inside or user not in live or (user in masks and user not in lift.leaves):
+                continue
+            where = nodes.source(user)
+            if user in dialect.writes(user) or n in dialect.writes(user):
+                message = f"`{n.name}` is written to by `{user.name}`, which is not understood"
+                raise Refused(Reason("mutation", message, where, "use the out-of-place form of the update"))
+            if _reaches(user, {*lift.leaves, *inside}, memory, end):
+                message = f"what is normalised also depends on `{user.name}`, made from the scores themselves"
+                raise Refused(Reason("score_path", message, where))
+            hint = "do not return the attention weights (output_attentions=False)"
+            message = f"`{n.name}`, inside the site, is also used by `{user.name}`"
+            raise Refused(Reason("weights_escape", message, where, hint))
+
+
+def _reaches(start: fx.Node, ends: set[fx.Node], memory: Memory, last: fx.Node) -> bool:
+    """Whether something in ``ends`` depends on ``start``."""
+    pending, seen = [start], {start}
+    while pending:
+        node = pending.pop()
+        if node in ends:
+            return True
+        for user in node.users:
+            if user not in seen and memory.position[user] <= memory.position[last] and user is not last:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _view(operand: Operand, length: Size, lift: Lift) -> Operand:
+    found = source(operand, length, lift)
+    if found is None:
+        raise Refused(Reason("layout", f"`{operand.node.name}` is read in an order that is not a view of it"))
+    return found
 
 
 def _assumptions(score: Expr, program: ScoreProgram) -> tuple[str, ...]:
     values = sorted(
-        {n.value for n in E.walk(score) if n.is_const and not isinstance(n.value, bool) and n.value <= analyse.FINITE_MASK}
+        {
+            n.value
+            for n in E.walk(score)
+            if n.is_const and not isinstance(n.value, bool) and n.value <= analyse.FINITE_MASK
+        }
         - {n.value for n in E.walk(program.score) if n.is_const}
     )
     return tuple(f"the constant {v:.4g} is taken as a mask" for v in values if v != float("-inf"))
 
 
-def _source(operand: Operand, lift: Lift) -> Operand:
-    """The earliest tensor of which ``operand`` is a plain view: permuted, expanded, or grouped heads."""
-    best = operand if _is_view(operand, lift) else None
-    node, index = operand.node, operand.index
-    while True:
-        op = dialect.read(node)
-        if op is None or op.mutates:
-            break
-        if op.name == "cat":
-            tensors = [t for t in op.args["tensors"] if len(shape(t)) != 1]
-            moved = index if len(tensors) == 1 else None
-            parent = tensors[0] if tensors else None
-        else:
-            try:
-                moved = source_index(lift, node, op, index) if op.name != "detach" else None
-            except NotLiftable:
-                break
-            parent = op.args.get("input")
-        if moved is None or not isinstance(parent, fx.Node):
-            break
-        node, index = parent, tuple(lift.simplify(e) for e in moved)
-        if _is_view(Operand(node, index), lift):
-            best = Operand(node, index)
-    if best is None:
-        raise Refused(Reason("layout", f"`{operand.node.name}` is read in an order that is not a view of it"))
-    return best
-
-
-def _is_view(operand: Operand, lift: Lift) -> bool:
-    """Each dimension runs over one variable of its own in full, over ``h // group``, or has size 1."""
-    seen: set[str] = set()
-    for e, n in zip(operand.index, shape(operand.node), strict=True):
-        if e == const(0):
-            if not same(n, 1):
-                return False
-            continue
-        names = E.variables(e) & {"b", "h", "q", "kv", "d"}
-        if names & seen:
-            return False
-        seen |= names
-        if e.op == "var":
-            # A shorter range would be a slice; it starts at 0 but does not end at the end.
-            if e != SUMMED and not same(n, lift.bounds[e.args[0]]):
-                return False
-        elif e.op == "//" and e.args[0] == H and isinstance(n, int):
-            if not same(n * e.args[1].value, lift.bounds["h"]):
-                return False
-        elif not (folded_heads_of(e) is not None and same(n, lift.bounds["b"] * lift.bounds["h"])):
-            return False
-    return True
-
-
-def folded_heads_of(e: Expr) -> int | None:
-    """``heads`` where ``e`` is ``b·heads + h``."""
-    for part in e.operands if e.op == "+" else ():
-        if part.op == "*" and part.args[0] == B and part.args[1].is_const and e == E.add(part, H):
-            return int(part.args[1].value)
-    return None
-
-
-def _folded_heads(region: AttentionRegion) -> int | None:
-    """The number of heads that a folded batch dimension holds, read off ``b // n`` and ``b % n``."""
-    found = set()
-    indices = [e for o in (region.q, region.k, region.v) for e in o.index]
-    program = [e for e in (region.program.score, region.program.mask) if e is not None]
-    lift = Lift(Scope(), {})
-    for operand in (region.q, region.k, region.v):
-        node, index = operand.node, operand.index
-        while (op := dialect.read(node)) is not None:
-            try:
-                moved = source_index(lift, node, op, index)
-            except NotLiftable:
-                break
-            if moved is None:
-                break
-            node, index = op.input, moved
-            indices += index
-    for e in (*indices, *program):
-        for n in E.walk(e):
-            if n.op in ("%", "//") and n.args[0] == B and n.args[1].is_const:
-                found.add(int(n.args[1].value))
-    return max(found) if found else None
-
-
 def _shape(frame: Frame, q: Operand, k: Operand, v: Operand, lift: Lift, node: fx.Node) -> AttentionShape:
     def heads(operand: Operand) -> Size:
-        for e, n in zip(operand.index, shape(operand.node), strict=True):
-            if e == H or e.op == "//" or folded_heads_of(e) is not None:
-                return n if folded_heads_of(e) is None else frame.heads
-        return 1
+        own = [n for e, n in zip(operand.index, shape(operand.node), strict=True) if E.contains(e, H)]
+        folded = any(folded_heads_of(e) is not None for e in operand.index)
+        return frame.heads if folded else nodes.product(own)
 
     def column(operand: Operand) -> Size:
-        return next(n for e, n in zip(operand.index, shape(operand.node), strict=True) if e == SUMMED)
+        return next((n for e, n in zip(operand.index, shape(operand.node), strict=True) if e == SUMMED), 1)
 
     # k and v may be shared by different numbers of heads; the larger is kept for both.
     return AttentionShape(
@@ -715,7 +687,7 @@ def _unreached(graph: fx.Graph, live: set[fx.Node], claimed: set[fx.Node]) -> It
         if node in claimed or node not in live:
             continue
         softmax = read_softmax(node)
-        if softmax is None or not _scores_like(softmax.input):
+        if softmax is None or not scores_like(softmax.input):
             continue
         user = next((u for u in node.users if u in live), None)
         where = f"through `{user.name}`" if user is not None else "nowhere"
@@ -734,18 +706,35 @@ def _unreached(graph: fx.Graph, live: set[fx.Node], claimed: set[fx.Node]) -> It
         )
 
 
-def _scores_like(scores: fx.Node) -> bool:
-    """A product of two computed tensors above ``scores``, through elementwise operations."""
+def scores_like(scores: fx.Node) -> bool:
+    """Whether ``scores`` come, row by row, from a product of two activations.
+
+    A product with a parameter, or with a matrix that the whole batch shares, is a projection: what a
+    classifier or a router of experts normalises.
+    """
     pending, seen = [scores], set()
-    elementwise = dialect.ARITHMETIC | dialect.CASTS | dialect.VIEWS | {"masked_fill", "where", "clamp", "tanh"}
     while pending:
         node = pending.pop()
-        op = dialect.read(node)
-        if op is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
-        if op.name in PRODUCTS:
-            return all(n.op not in ("placeholder", "get_attr") for n in node.all_input_nodes)
-        if op.name in elementwise:
-            pending += node.all_input_nodes
+        op = dialect.read(node)
+        if op is not None and op.name in dialect.PRODUCTS:
+            operands = [n for n in node.all_input_nodes if n is not op.args.get("bias")]
+            ranks = {nodes.folded_rank(n) for n in operands if nodes.tensor(n) is not None}
+            einsum = op.name == "einsum" and min(ranks, default=0) > 2
+            return (einsum or len(ranks) == 1) and not any(nodes.is_parameter(n) for n in operands)
+        inputs = [n for n in node.all_input_nodes if nodes.tensor(n) is not None]
+        if op is not None and op.name in _ROW_BY_ROW:
+            pending += inputs
+        elif len(inputs) == 1 and nodes.tensor(node) is not None and shape(node) == shape(inputs[0]):
+            pending += inputs
     return False
+
+
+_ROW_BY_ROW = (
+    dialect.ARITHMETIC
+    | dialect.CASTS
+    | dialect.VIEWS
+    | {"masked_fill", "where", "clamp", "tanh", "cat", "getitem", "clone", "contiguous"}
+)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Iterable
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -13,7 +13,7 @@ from torch import fx
 
 from flashfuse.passes import dialect
 
-Size = int | sympy.Expr
+Size: TypeAlias = "int | sympy.Expr"
 
 
 def value(node: Any) -> Any:
@@ -41,6 +41,24 @@ def tensor(node: Any) -> torch.Tensor | None:
     if isinstance(example, torch.Tensor) and example.layout == torch.strided and not example.is_nested:
         return example
     return None
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """True for a parameter or buffer of the model, read directly or through views and casts."""
+    while True:
+        op = dialect.read(node)
+        if op is None or op.name not in dialect.VIEWS | dialect.CASTS or not isinstance(op.input, fx.Node):
+            return node.op == "get_attr" or isinstance(value(node), torch.nn.Parameter)
+        node = op.input
+
+
+def folded_rank(node: fx.Node) -> int:
+    """Dimensions of a tensor, or of what was folded into its 2 dimensions: rows of a projection."""
+    rank = len(shape(node))
+    op = dialect.read(node)
+    if rank == 2 and op is not None and op.name in ("view", "reshape", "flatten"):
+        return max(rank, len(shape(op.input)))
+    return rank
 
 
 def size_of(size: Any) -> Size:
@@ -93,39 +111,57 @@ def live(graph: fx.Graph) -> set[fx.Node]:
     return seen
 
 
+def name_in_place_results(graph: fx.Graph) -> None:
+    """Let later readers of a tensor that was updated in place read the update's result.
+
+    ``x.masked_fill_(m, c); f(x)`` becomes ``y = x.masked_fill_(m, c); f(y)``: the same object under a
+    name that says which value it holds, so that data flow is what the graph's edges say.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        op = dialect.read(node)
+        if op is None or not op.mutates or dialect.writes(node) != [op.input]:
+            continue
+        for user in list(op.input.users):
+            if position[user] > position[node]:
+                user.replace_input_with(op.input, node)
+
+
 _MAY_ALIAS = dialect.VIEWS | dialect.CASTS | {"contiguous", "getitem", "index", "dropout"}
 
 
 class Memory:
     """Who shares memory with whom, and when it is written to.
 
-    Conservative: every operation that may return a view is taken to do so.
+    Conservative: every operation that may return a view is taken to do so, and so is every tensor
+    whose example value shares its storage with another's.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.position: dict[fx.Node, int] = {node: i for i, node in enumerate(graph.nodes)}
-        self._root: dict[fx.Node, fx.Node] = {}
+        self._parent: dict[fx.Node, fx.Node] = {}
         self._writes: dict[fx.Node, list[fx.Node]] = {}
         self._members: dict[fx.Node, list[fx.Node]] = {}
+        first: dict[int, fx.Node] = {}
         for node in graph.nodes:
-            root = self._root[node] = self._origin(node)
-            self._members.setdefault(root, []).append(node)
+            self._parent[node] = node
+            storage = _storage(node)
+            others = [*_bases(node), *([first.setdefault(storage, node)] if storage is not None else [])]
+            for other in others:
+                self._parent[self._root(node)] = self._root(other)
+        for node in graph.nodes:
+            self._members.setdefault(self._root(node), []).append(node)
             for written in dialect.writes(node):
-                self._writes.setdefault(self._root[written], []).append(node)
+                self._writes.setdefault(self._root(written), []).append(node)
 
-    def _origin(self, node: fx.Node) -> fx.Node:
-        written = dialect.writes(node)
-        if written:
-            return self._root[written[0]]
-        op = dialect.read(node)
-        if op is not None and op.name in _MAY_ALIAS:
-            base = op.input
-            if isinstance(base, fx.Node):
-                return self._root[base]
+    def _root(self, node: fx.Node) -> fx.Node:
+        while self._parent[node] is not node:
+            self._parent[node] = self._parent[self._parent[node]]
+            node = self._parent[node]
         return node
 
     def _writes_after(self, node: fx.Node) -> list[fx.Node]:
-        return [w for w in self._writes.get(self._root[node], ()) if self.position[w] > self.position[node]]
+        return [w for w in self._writes.get(self._root(node), ()) if self.position[w] > self.position[node]]
 
     @functools.cached_property
     def opaque(self) -> frozenset[fx.Node]:
@@ -133,9 +169,30 @@ class Memory:
 
         What they hold when read is not what the operation that made them computed.
         """
+        strange = {r: [w for w in ws if dialect.read(w) is None] for r, ws in self._writes.items()}
         return frozenset(
-            n for n in self.position if any(dialect.read(w) is None for w in self._writes_after(n))
+            n
+            for root, writes in strange.items()
+            for n in self._members[root]
+            if any(self.position[w] > self.position[n] for w in writes)
         )
+
+    @functools.cached_property
+    def without_gradient(self) -> frozenset[fx.Node]:
+        """Nodes that the graph computes under ``no_grad`` from floating-point tensors."""
+        found, enabled = set(), True
+        for node in self.position:
+            if node.target is torch._C._set_grad_enabled:
+                enabled = bool(node.args[0])
+            elif not enabled and any(
+                t is not None and t.is_floating_point() for t in map(tensor, node.all_input_nodes)
+            ):
+                found.add(node)
+        return frozenset(found)
+
+    def barriers(self, end: fx.Node) -> frozenset[fx.Node]:
+        """Nodes that a site ending in ``end`` must not look through."""
+        return self.opaque if end in self.without_gradient else self.opaque | self.without_gradient
 
     def loads_change(self, node: fx.Node, end: fx.Node) -> bool:
         """True when reading ``node`` at ``end`` may differ from reading it where the graph does."""
@@ -143,7 +200,7 @@ class Memory:
         readers = [u for u in node.users if self.position[u] <= self.position[end]]
         return any(self.position[r] < self.position[w] for w in writes for r in readers if r is not w)
 
-    def meaning_changes(self, node: fx.Node, end: fx.Node, visited: Mapping[fx.Node, Any]) -> bool:
+    def meaning_changes(self, node: fx.Node, end: fx.Node, visited: Container[fx.Node]) -> bool:
         """True when ``node``, read as the value its operation computed, may not be that value.
 
         In-place operations are read as their functional meaning.  That is right where the lift went
@@ -152,8 +209,29 @@ class Memory:
         for w in self._writes_after(node):
             if self.position[w] >= self.position[end]:
                 continue
-            older = [x for x in self._members[self._root[node]] if self.position[x] < self.position[w]]
+            older = [x for x in self._members[self._root(node)] if self.position[x] < self.position[w]]
             stale = any(self.position[u] > self.position[w] for x in older for u in x.users)
             if w not in visited or stale:
                 return True
         return False
+
+
+def _storage(node: fx.Node) -> int | None:
+    example = tensor(node)
+    if example is None:
+        return None
+    try:
+        return example.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _bases(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the result of ``node`` may share memory with, by its operation."""
+    written = dialect.writes(node)
+    if written:
+        return written
+    op = dialect.read(node)
+    if op is not None and op.name in _MAY_ALIAS and isinstance(op.input, fx.Node):
+        return [op.input]
+    return []

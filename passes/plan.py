@@ -63,12 +63,18 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
     device = nodes.value(site.output).device
     devices = {nodes.value(n).device for n in (site.q.node, site.k.node, site.v.node, *_captured(site))}
     if devices != {device}:
-        return Left(site, (Reason("device", f"the site mixes devices: {', '.join(sorted(map(str, devices)))}"),))
-    if any(size == 0 for size in (site.shape.batch, site.shape.num_q_heads, site.shape.q_len, site.shape.kv_len)):
+        return Left(
+            site, (Reason("device", f"the site mixes devices: {', '.join(sorted(map(str, devices)))}"),)
+        )
+    if any(
+        size == 0 for size in (site.shape.batch, site.shape.num_q_heads, site.shape.q_len, site.shape.kv_len)
+    ):
         return Left(site, (Reason("empty", f"a dimension is empty: {site.shape}"),))
     rank = max((len(nodes.shape(n)) for n in _captured(site)), default=0)
     if rank > 4:
-        return Left(site, (Reason("capture_rank", f"a captured tensor has {rank} dimensions, the kernels take 4"),))
+        return Left(
+            site, (Reason("capture_rank", f"a captured tensor has {rank} dimensions, the kernels take 4"),)
+        )
     selection = dispatch.select(site.shape, site.program, site.dropout_p, device)
     if isinstance(selection, Reason):
         return Left(site, (selection,))
@@ -88,7 +94,10 @@ def cost(region: AttentionRegion) -> Cost:
     """What the site costs before and after; symbolic under dynamic shapes."""
     s = region.shape
     once = sum(_nbytes(o.node) for o in (region.q, region.k, region.v)) + _nbytes(region.output)
-    scores = sum(2 * _nbytes(n) for n in {*region.interior, *region.masks} - {region.q.node, region.k.node, region.v.node})
+    scores = sum(
+        2 * _nbytes(n)
+        for n in {*region.interior, *region.masks} - {region.q.node, region.k.node, region.v.node}
+    )
     lse = 4 * s.batch * s.num_q_heads * s.q_len
     captured = sum(_nbytes(n) for n in dict.fromkeys(_captured(region)))
     flops = 2 * s.batch * s.num_q_heads * s.q_len * s.kv_len * (s.head_dim + s.v_head_dim)
@@ -103,7 +112,11 @@ def density(region: AttentionRegion) -> float | None:
     if mask is None:
         return 1.0
     sizes = (s.q_len, s.kv_len)
-    if region.program.mask_program.captures or region.program.mask_program.ints or not all(isinstance(n, int) for n in sizes):
+    if (
+        region.program.mask_program.captures
+        or region.program.mask_program.ints
+        or not all(isinstance(n, int) for n in sizes)
+    ):
         return None
     # A sample of rows is enough: closed-form masks change slowly from row to row.
     step = max(1, s.q_len // 64)

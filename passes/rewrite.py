@@ -17,9 +17,10 @@ from flashfuse.kernels import ops as _ops  # noqa: F401  (defines torch.ops.flas
 from flashfuse.kernels.expr import KV, B, Expr, H, Q, const
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import dialect, nodes
-from flashfuse.passes.find import AttentionRegion, Operand, folded_heads_of
-from flashfuse.passes.lift import SUMMED
+from flashfuse.passes.find import AttentionRegion
+from flashfuse.passes.operands import Operand, digit, folded_heads_of
 from flashfuse.passes.plan import Fuse, Left, SitePlan
+from flashfuse.passes.rules import SUMMED
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -69,6 +70,8 @@ class Emitter:
 
     graph: fx.Graph
     maps: dict[Any, list[fx.Node]] = field(default_factory=dict)
+    batch_holders: list[tuple[fx.Node, int]] = field(default_factory=list)
+    """Where the size of the batch can be read, for an operand that the batch shares."""
     _key: str = "val"
     _template: dict[str, Any] = field(default_factory=dict)
     _mode: Any = None
@@ -93,9 +96,9 @@ class Emitter:
             return size
         for node in self.graph.nodes:
             example = nodes.value(node)
-            if isinstance(example, torch.SymInt) and nodes.same(nodes.size_of(example), size):
-                if node.op == "placeholder":
-                    return node
+            known = node.op == "placeholder" and isinstance(example, torch.SymInt)
+            if known and nodes.same(nodes.size_of(example), size):
+                return node
         for node, dim in holders:
             if nodes.same(nodes.shape(node)[dim], size):
                 return self.call(torch.ops.aten.sym_size.int, node, dim)
@@ -110,7 +113,9 @@ class Emitter:
         example = nodes.value(region.output)
         self._key = "example_value" if "example_value" in region.output.meta else "val"
         self._template = {
-            k: v for k, v in region.output.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")
+            k: v
+            for k, v in region.output.meta.items()
+            if k in ("stack_trace", "nn_module_stack", "source_fn_stack")
         }
         try:
             with self.graph.inserting_before(region.output):
@@ -123,7 +128,9 @@ class Emitter:
             for node in reversed([n for n in self.graph.nodes if n not in before]):
                 self.graph.erase_node(node)
             self.maps = {k: v for k, v in self.maps.items() if all(n in before for n in v)}
-            return Left(region, (Reason("emit", f"the replacement could not be built: {error}", region.source),))
+            return Left(
+                region, (Reason("emit", f"the replacement could not be built: {error}", region.source),)
+            )
         region.output.replace_all_uses_with(out)
         return plan
 
@@ -131,12 +138,15 @@ class Emitter:
         """The operator call for ``region`` and what brings its inputs and output into order."""
         s, program = region.shape, region.program
         example = nodes.value(region.output)
+        self.batch_holders = [
+            (o.node, d) for o in (region.q, region.k, region.v) for d in range(len(nodes.shape(o.node)))
+        ]
         # randint and the like take no tensor that would say that values are fake.
         self._mode = example.fake_mode if isinstance(example, FakeTensor) else None
         q = self.bhsd(region.q, Q, s.batch, s.num_q_heads, s.num_q_heads, s.dtype)
         k = self.bhsd(region.k, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype)
         v = self.bhsd(region.v, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype)
-        captures = [region.scope.captures[name] for name in program.captures]
+        captures = [self.capture(region.scope.captures[name]) for name in program.captures]
         holders = [(n, d) for n in (q, k, v, *captures) for d in range(len(nodes.shape(n)))]
         ints = [self.size(region.scope.ints[name], holders) for name in program.ints]
         maps: list[fx.Node] = []
@@ -156,15 +166,20 @@ class Emitter:
     def block_map(self, region: AttentionRegion, q: fx.Node, k: fx.Node, holders: Any) -> list[fx.Node]:
         """The block map of the site's mask, made once for all sites that share it."""
         mask = region.program.mask_program
-        captures = [region.scope.captures[name] for name in mask.captures]
+        sources = [region.scope.captures[name] for name in mask.captures]
         s = region.shape
-        key = (mask.text, tuple(captures), s.batch, s.num_q_heads, s.q_len, s.kv_len)
+        key = (mask.text, tuple(sources), s.batch, s.num_q_heads, s.q_len, s.kv_len)
         if key not in self.maps:
             ints = [self.size(region.scope.ints[name], holders) for name in mask.ints]
             sizes = [self.size(n, holders) for n in (s.batch, s.num_q_heads, s.q_len, s.kv_len)]
+            captures = [self.capture(node) for node in sources]
             pair = self.call(torch.ops.flashfuse.block_map.default, captures, ints, q, *sizes, mask.text)
             self.maps[key] = [self.call(operator.getitem, pair, i) for i in (0, 1)]
         return self.maps[key]
+
+    def capture(self, node: fx.Node) -> fx.Node:
+        """A captured tensor; one without dimensions as one of a single element."""
+        return node if nodes.shape(node) else self.call("reshape", node, (1,))
 
     def bhsd(
         self, operand: Operand, row: Expr, batch: Any, heads: Any, own_heads: Any, dtype: torch.dtype
@@ -181,17 +196,21 @@ class Emitter:
             if labels[dim] == const(0):
                 node = self.call("select", node, dim, 0)
                 del labels[dim]
-        roles = [H if e.op == "//" else e for e in labels]
-        order = [role for role in (B, H, row, SUMMED) if role in roles]
-        permutation = [roles.index(role) for role in order]
+        roles = (B, H, row, SUMMED)
+        digits = [d for d in map(digit, labels) if d is not None]
+        ordered = sorted(digits, key=lambda d: (roles.index(d.variable), -d.divisor))
+        permutation = [digits.index(d) for d in ordered]
         if permutation != sorted(permutation):
             node = self.call("permute", node, permutation)
-        for position, role in enumerate((B, H, row, SUMMED)):
-            if role not in order:
+        for position, role in enumerate(roles):
+            count = sum(1 for d in digits if d.variable == role)
+            if count > 1:
+                node = self.call("flatten", node, position, position + count - 1)
+            elif count == 0:
                 node = self.call("unsqueeze", node, position)
         present = nodes.shape(node)
         if not nodes.same(present[0], batch):
-            node = self.call("expand", node, self.size(batch, [(node, 0)]), -1, -1, -1)
+            node = self.call("expand", node, self.size(batch, self.batch_holders), -1, -1, -1)
         if not nodes.same(present[1], own_heads):
             node = self.call("repeat_interleave", node, heads // present[1], 1)
         if nodes.value(node).dtype != dtype:
@@ -200,13 +219,19 @@ class Emitter:
 
     def restore(self, out: fx.Node, region: AttentionRegion) -> fx.Node:
         """The operator's [B, H, Sq, Dv] output in the shape, dtype and strides of the original's."""
+        sizes = dict(zip(region.out_index, nodes.shape(region.output), strict=True))
         labels: list[Expr] = [B, H, Q, SUMMED]
-        used = set().union(*(E.variables(e) for e in region.out_index))
-        for position in (1, 0):
-            if labels[position].args[0] not in used:
-                out = self.call("select", out, position, 0)
-                del labels[position]
         flat = next((e for e in region.out_index if folded_heads_of(e) is not None), None)
+        for position, role in ((1, H), (0, B)):
+            own = [e for e in region.out_index if e != flat and E.contains(e, role)]
+            own.sort(key=lambda e: -_divisor(e))
+            if not own and flat is None:
+                out = self.call("select", out, position, 0)
+            elif len(own) > 1:
+                holders = [(region.q.node, d) for d in range(len(nodes.shape(region.q.node)))]
+                lengths = [-1, *(self.size(sizes[e], holders) for e in own[1:])]
+                out = self.call("unflatten", out, position, lengths)
+            labels[position : position + 1] = own if own or flat is None else [role]
         wanted: list[Expr] = []
         for e in region.out_index:
             if e != const(0):
@@ -228,12 +253,14 @@ class Emitter:
         return out
 
 
+def _divisor(e: Expr) -> int:
+    found = digit(e)
+    assert found is not None
+    return found.divisor
+
+
 class NotEmittable(Exception):
     """The replacement cannot be written down in this graph."""
-
-
-
-
 
 
 def _any_strides(node: fx.Node, depth: int = 4) -> bool:

@@ -1,0 +1,511 @@
+"""What each operation of the vocabulary computes, as a scalar expression.
+
+Every rule answers for ``node[index]``, asking the lift for the elements of the node's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from flashfuse.kernels import expr as E
+from flashfuse.kernels.expr import Expr, const
+from flashfuse.passes import dialect, nodes
+from flashfuse.passes.dialect import Op
+from flashfuse.passes.indices import Index, NotLiftable, dimension, source_index
+from flashfuse.passes.nodes import Size, same, shape, size_of
+
+if TYPE_CHECKING:
+    from flashfuse.passes.lift import Lift
+
+
+@dataclass(frozen=True)
+class Product:
+    """A sum over one index of two tensors: ``Σ_r a[..., r, ...] · b[..., r, ...]``.
+
+    ``a_index`` and ``b_index`` are the indices of the operands, with ``summed`` in the place of r.
+    """
+
+    node: fx.Node
+    a: fx.Node
+    a_index: Index
+    b: fx.Node
+    b_index: Index
+    summed: Expr
+    length: Size
+
+
+RULES: dict[str, Callable[[Lift, fx.Node, Op, Index], Expr]] = {}
+
+
+def _rule(*names: str) -> Callable[[Callable[[Lift, fx.Node, Op, Index], Expr]], Any]:
+    def register(rule: Callable[[Lift, fx.Node, Op, Index], Expr]) -> Any:
+        for name in names:
+            RULES[name] = rule
+        return rule
+
+    return register
+
+
+@_rule(
+    "contiguous", "clone", "alias", "view", "reshape", "reshape_as", "flatten", "unflatten", "unsqueeze",
+    "squeeze", "transpose", "permute", "movedim", "t", "mT", "T", "expand", "expand_as", "repeat",
+    "repeat_interleave", "slice", "narrow", "select",
+)  # fmt: skip
+def _index_only(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    moved = source_index(lift, node, op, index)
+    if moved is None:
+        raise NotLiftable(f"`{op.name}` with these arguments")
+    return lift.element(op.input, moved)
+
+
+@_rule("detach")
+def _detach(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    e = lift.element(op.input, index)
+    if _is_float(node) and any(n.op == "load" or n == E.S for n in E.walk(e)):
+        raise NotLiftable("detach of a tensor that may need a gradient")
+    return e
+
+
+@_rule("dropout")
+def _dropout(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    if op.get("training", True) is not False and nodes.constant(op.get("p", 0.5)) != 0:
+        raise NotLiftable("dropout")
+    return lift.element(op.input, index)
+
+
+def _is_float(node: fx.Node) -> bool:
+    example = nodes.tensor(node)
+    return example is None or example.is_floating_point()
+
+
+@_rule("getitem", "index")
+def _indexed(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    source = op.input
+    if isinstance(source, fx.Node) and isinstance(nodes.value(source), (tuple, list)):
+        return _piece(lift, node, source, op.args["index"], index)
+    if op.name == "getitem":
+        moved = source_index(lift, node, op, index)
+        if moved is not None:
+            return lift.element(source, moved)
+    items = op.args["index"] if op.name == "getitem" else op.args["indices"]
+    return _gather(lift, source, items if isinstance(items, (tuple, list)) else (items,), index)
+
+
+def _gather(lift: Lift, source: fx.Node, items: Sequence[Any], index: Index) -> Expr:
+    """``source[i0, i1, …]`` where every item is an integer tensor, broadcast together."""
+    sizes = shape(source)
+    tensors = [i for i in items if isinstance(i, fx.Node) and isinstance(nodes.value(i), torch.Tensor)]
+    if len(tensors) != len(items) or len(items) > len(sizes):
+        raise NotLiftable("indexing that mixes tensors and slices")
+    if any(nodes.value(t).dtype in (torch.bool, torch.uint8) for t in tensors):
+        raise NotLiftable("indexing by a mask")
+    rank = len(index) - (len(sizes) - len(items))
+    head, tail = index[:rank], index[rank:]
+    positions = []
+    for t, size in zip(tensors, sizes, strict=False):
+        position = lift.simplify(lift.operand(t, head))
+        low, high = lift.interval(position)
+        if low is None or low < 0:
+            # A negative index would count from the end.
+            raise NotLiftable("indexing by positions that are not known to be at least 0")
+        if isinstance(size, int) and (high is None or high >= size):
+            raise NotLiftable("indexing by positions that are not known to be in range")
+        positions.append(const(0) if same(size, 1) else position)
+    return lift.element(source, (*positions, *tail))
+
+
+def _piece(lift: Lift, node: fx.Node, pieces: fx.Node, which: Any, index: Index) -> Expr:
+    """One result of ``chunk``, ``split`` or ``unbind``."""
+    op = dialect.read(pieces)
+    example = nodes.value(pieces)
+    if op is None or op.name not in ("chunk", "split", "unbind") or not isinstance(which, int):
+        raise NotLiftable("an element of a tuple")
+    which %= len(example)
+    rank = len(shape(op.input))
+    d = dimension(op.get("dim", 0), rank)
+    if op.name == "unbind":
+        return lift.element(op.input, (*index[:d], const(which), *index[d:]))
+    start = sum(size_of(piece.shape[d]) for piece in example[:which])
+    return lift.element(op.input, (*index[:d], E.add(index[d], lift.size(start)), *index[d + 1 :]))
+
+
+@_rule("cat")
+def _cat(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    tensors = [t for t in op.args["tensors"] if not _is_legacy_empty(t)]
+    rank = len(index)
+    d = dimension(op.get("dim", 0), rank)
+    if len(tensors) == 1:
+        return lift.element(tensors[0], index)
+    starts: list[Expr] = [const(0)]
+    for t in tensors[:-1]:
+        starts.append(E.add(starts[-1], lift.size(shape(t)[d])))
+    result: Expr | None = None
+    for t, start in reversed(list(zip(tensors, starts, strict=True))):
+        part = lift.element(t, (*index[:d], E.sub(index[d], start), *index[d + 1 :]))
+        if any(n.op == "load" for n in E.walk(part)):
+            raise NotLiftable("a concatenation of stored tensors")
+        result = (
+            part
+            if result is None
+            else E.where(E.compare(">=", index[d], _end(start, lift, t, d)), result, part)
+        )
+    assert result is not None
+    return lift.simplify(result)
+
+
+@_rule("pad")
+def _pad(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    if op.get("mode", "constant") != "constant":
+        raise NotLiftable("a padding that repeats values")
+    widths, sizes = op.args["pad"], shape(op.input)
+    inside, moved = E.TRUE, list(index)
+    for i in range(len(widths) // 2):
+        d = len(sizes) - 1 - i
+        moved[d] = E.sub(index[d], lift.number(widths[2 * i]))
+        inside = E.logical_and(
+            inside, E.compare(">=", moved[d], const(0)), E.compare("<", moved[d], lift.size(sizes[d]))
+        )
+    e = lift.element(op.input, tuple(moved))
+    if any(n.op == "load" for n in E.walk(e)):
+        raise NotLiftable("a padded stored tensor")
+    fill = lift.number(op.get("value", 0))
+    return lift.simplify(E.where(inside, e, E.truth(fill) if E.is_bool(e) else fill))
+
+
+def _end(start: Expr, lift: Lift, t: fx.Node, d: int) -> Expr:
+    return E.add(start, lift.size(shape(t)[d]))
+
+
+def _is_legacy_empty(node: fx.Node) -> bool:
+    """An empty 1-D tensor, which ``cat`` skips whatever the other ranks are."""
+    sizes = shape(node)
+    return len(sizes) == 1 and same(sizes[0], 0)
+
+
+# --- elementwise rules ------------------------------------------------------------------------
+
+
+@_rule("add", "sub", "rsub", "mul", "div", "floordiv", "mod", "minimum", "maximum", "pow")
+def _arithmetic(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    example = nodes.tensor(node)
+    if example is None or example.dtype in _NARROW:
+        raise NotLiftable("arithmetic that may wrap around")
+    a = lift.operand(op.args["input"], index)
+    if example.dtype == torch.bool:
+        if op.name not in ("add", "mul", "minimum", "maximum") or op.get("alpha", 1) != 1:
+            raise NotLiftable("arithmetic of conditions")
+        b = lift.operand(op.args["other"], index)
+        return (E.logical_or if op.name in ("add", "maximum") else E.logical_and)(a, b)
+    if op.name == "pow":
+        exponent = op.args["exponent"]
+        if exponent == 2:
+            return E.mul(a, a)
+        if exponent == 0.5:
+            return E.call("sqrt", a)
+        raise NotLiftable(f"a power {exponent!r}")
+    b = lift.operand(op.args["other"], index)
+    alpha = op.get("alpha", 1)
+    if alpha != 1:
+        b = E.mul(b, lift.number(alpha))
+    if op.name == "div" and op.args.get("rounding_mode") is not None:
+        if op.args["rounding_mode"] != "floor" or not (E.is_integral(a) and E.is_integral(b)):
+            raise NotLiftable("a rounded division")
+        return lift.simplify(E.floordiv(a, b))
+    if op.name in ("floordiv", "mod"):
+        if not (E.is_integral(a) and E.is_integral(b)):
+            raise NotLiftable("an integer division of stored values")
+        return lift.simplify((E.floordiv if op.name == "floordiv" else E.mod)(a, b))
+    return _over_choice(_COMBINED[op.name], a, b)
+
+
+_NARROW = (torch.uint8, torch.int8, torch.int16)
+
+_COMBINED: dict[str, Callable[[Expr, Expr], Expr]] = {
+    "add": E.add,
+    "sub": E.sub,
+    "rsub": lambda a, b: E.sub(b, a),
+    "mul": E.mul,
+    "div": E.div,
+    "minimum": E.minimum,
+    "maximum": E.maximum,
+}
+
+
+def _over_choice(combine: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr:
+    """``combine(a, b)``; a choice between constants stays one: ``(1 - mask) * -1e9`` is a mask."""
+    for choice, other, both in ((a, b, combine), (b, a, lambda x, y: combine(y, x))):
+        if choice.op == "where" and other.is_const and choice.args[1].is_const and choice.args[2].is_const:
+            return E.where(choice.args[0], both(choice.args[1], other), both(choice.args[2], other))
+    return combine(a, b)
+
+
+@_rule("neg", "exp", "log", "tanh", "sqrt", "rsqrt", "abs", "sigmoid", "reciprocal")
+def _unary(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    a = lift.operand(op.input, index)
+    if op.name == "neg":
+        return E.neg(a)
+    if op.name == "reciprocal":
+        return E.div(const(1.0), a)
+    if op.name == "rsqrt":
+        return E.div(const(1.0), E.call("sqrt", a))
+    return E.call(op.name, a)
+
+
+@_rule("clamp", "clamp_min", "clamp_max")
+def _clamp(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    a = lift.operand(op.input, index)
+    if op.args.get("min") is not None:
+        a = E.maximum(a, lift.operand(op.args["min"], index))
+    if op.args.get("max") is not None:
+        a = E.minimum(a, lift.operand(op.args["max"], index))
+    return a
+
+
+@_rule("max")
+def _max(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    other = op.args.get("dim")
+    if isinstance(other, fx.Node) and isinstance(nodes.value(other), torch.Tensor):
+        return E.maximum(lift.operand(op.input, index), lift.operand(other, index))
+    raise NotLiftable("a maximum over a dimension")
+
+
+@_rule("le", "lt", "ge", "gt", "eq", "ne")
+def _compared(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    a, b = lift.operand(op.args["input"], index), lift.operand(op.args["other"], index)
+    return lift.simplify(E.compare(dialect.COMPARISON[op.name], a, b))
+
+
+@_rule("and", "or", "xor", "not")
+def _logical(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    example = nodes.tensor(node)
+    if example is None or example.dtype != torch.bool:
+        raise NotLiftable("bitwise arithmetic on integers")
+    a = E.truth(lift.operand(op.args["input"], index))
+    if op.name == "not":
+        return E.logical_not(a)
+    b = E.truth(lift.operand(op.args["other"], index))
+    if op.name == "xor":
+        return E.logical_or(E.logical_and(a, E.logical_not(b)), E.logical_and(E.logical_not(a), b))
+    return (E.logical_and if op.name == "and" else E.logical_or)(a, b)
+
+
+@_rule("where")
+def _where(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    if "input" not in op.args or "other" not in op.args:
+        raise NotLiftable("`where` with one argument")
+    condition, a, b = (lift.operand(op.args[name], index) for name in ("condition", "input", "other"))
+    return _held(node, E.where(condition, a, b))
+
+
+@_rule("masked_fill")
+def _masked_fill(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    a, mask, fill = (lift.operand(op.args[name], index) for name in ("input", "mask", "value"))
+    return _held(node, E.where(mask, fill, a))
+
+
+@_rule("tril", "triu")
+def _triangle(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    diagonal = lift.number(op.get("diagonal", 0))
+    row, column = index[-2], E.sub(index[-1], diagonal)
+    inside = E.compare("<=" if op.name == "tril" else ">=", column, row)
+    a = lift.element(op.input, index)
+    return E.where(inside, a, E.FALSE if E.is_bool(a) else const(0))
+
+
+@_rule("to", "to_copy", "type_as", "float", "double", "half", "bfloat16", "bool", "long", "int")
+def _cast(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    before, after = nodes.tensor(op.input), nodes.tensor(node)
+    if before is None or after is None or before.device != after.device:
+        raise NotLiftable("a copy to another device")
+    a = lift.element(op.input, index)
+    if after.dtype == before.dtype:
+        return a
+    if after.dtype == torch.bool:
+        return E.truth(E.compare("!=", a, const(0)))
+    if not after.dtype.is_floating_point and before.dtype.is_floating_point:
+        raise NotLiftable("a cast from floating point to integer")
+    if before.dtype == torch.bool and not a.is_const:
+        return E.where(a, const(1), const(0))
+    return _rounded(a, after.dtype) if after.dtype.is_floating_point else a
+
+
+def _held(node: fx.Node, e: Expr) -> Expr:
+    """``e`` with its constants as the dtype of ``node`` holds them."""
+    example = nodes.tensor(node)
+    return _rounded(e, example.dtype) if example is not None and example.is_floating_point() else e
+
+
+def _rounded(e: Expr, dtype: torch.dtype) -> Expr:
+    """Constants as ``dtype`` holds them: float32's minimum is −inf in bfloat16."""
+    if e.is_const and isinstance(e.value, float):
+        return const(float(torch.tensor(e.value, dtype=torch.float64).to(dtype)))
+    if e.op == "where":
+        return E.where(e.args[0], _rounded(e.args[1], dtype), _rounded(e.args[2], dtype))
+    return e
+
+
+# --- formulas ---------------------------------------------------------------------------------
+
+
+@_rule("arange")
+def _arange(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    start, step = lift.number(op.args["start"]), lift.number(op.args["step"])
+    return E.add(start, E.mul(index[0], step))
+
+
+@_rule("full", "zeros", "ones", "new_full", "new_zeros", "new_ones", "full_like", "zeros_like", "ones_like")
+def _filled(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    example = nodes.tensor(node)
+    if example is None:
+        raise NotLiftable("a tensor that is not dense")
+    if op.name.startswith(("zeros", "new_zeros")):
+        fill = const(0)
+    elif op.name.startswith(("ones", "new_ones")):
+        fill = const(1)
+    else:
+        fill = lift.number(op.args["value"])
+    if example.dtype == torch.bool:
+        return E.truth(fill)
+    return fill
+
+
+@_rule("diff")
+def _difference(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    """``diff(x, prepend=p)`` of closed forms: Transformers looks for packed sequences with it."""
+    d = dimension(op.get("dim", -1), len(index))
+    prepend = op.args.get("prepend")
+    if op.get("n", 1) != 1 or op.args.get("append") is not None:
+        raise NotLiftable("a difference of this form")
+
+    def at(x: fx.Node, position: Expr) -> Expr:
+        e = lift.element(x, (*index[:d], position, *index[d + 1 :]))
+        if any(n.op == "load" for n in E.walk(e)):
+            raise NotLiftable("a difference of stored values")
+        return e
+
+    here = index[d] if prepend is not None else E.add(index[d], const(1))
+    step = E.sub(at(op.input, here), at(op.input, E.sub(here, const(1))))
+    if prepend is None:
+        return step
+    if not same(shape(prepend)[d], 1):
+        raise NotLiftable("a difference with more than one value before it")
+    first = E.sub(at(op.input, const(0)), at(prepend, const(0)))
+    return E.where(E.compare("==", index[d], const(0)), first, step)
+
+
+@_rule("cumsum")
+def _running_sum(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    """The running sum of a constant."""
+    d = dimension(op.args["dim"], len(index))
+    e = lift.element(op.input, (*index[:d], E.var("i"), *index[d + 1 :]))
+    if not e.is_const:
+        raise NotLiftable("a running sum")
+    return E.mul(E.add(index[d], const(1)), const(e.value + 0))
+
+
+@_rule("tensor", "scalar_tensor")
+def _literal(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    if index:
+        raise NotLiftable("a literal list")
+    return lift.number(op.args["data"])
+
+
+# --- products ---------------------------------------------------------------------------------
+
+SUMMED = E.var("d")
+
+
+@_rule("matmul", "bmm", "baddbmm", "einsum")
+def _product(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    product = contraction(node, op, index)
+    if product is None:
+        raise NotLiftable(f"a `{op.name}` of this form")
+    e = lift.at_product(product)
+    if e is None:
+        raise NotLiftable("another product")
+    if op.name == "baddbmm":
+        alpha, beta = lift.number(op.get("alpha", 1)), op.get("beta", 1)
+        e = E.mul(e, alpha)
+        if beta != 0:
+            # beta = 0 ignores the bias, even where it is NaN.
+            e = E.add(E.mul(lift.operand(op.args["bias"], index), lift.number(beta)), e)
+    return e
+
+
+def contraction(node: fx.Node, op: Op, index: Index) -> Product | None:
+    """``node[index]`` as a sum of products of two tensors, or ``None``."""
+    if op.name == "einsum":
+        return _einsum(node, op, index)
+    a, b = op.args.get("input"), op.args.get("other")
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return None
+    if nodes.tensor(a) is None or nodes.tensor(b) is None:
+        return None
+    a_sizes, b_sizes = shape(a), shape(b)
+    if len(a_sizes) < 2 or len(b_sizes) < 2:
+        return None
+    batch, row, column = index[:-2], index[-2], index[-1]
+
+    def lead(sizes: Sequence[Size]) -> Index:
+        aligned = batch[len(batch) - (len(sizes) - 2) :] if len(sizes) > 2 else ()
+        return tuple(const(0) if same(n, 1) else i for i, n in zip(aligned, sizes, strict=False))
+
+    return Product(
+        node, a, (*lead(a_sizes), row, SUMMED), b, (*lead(b_sizes), SUMMED, column), SUMMED, a_sizes[-1]
+    )
+
+
+def _einsum(node: fx.Node, op: Op, index: Index) -> Product | None:
+    operands, equation = op.args.get("operands"), op.args.get("equation")
+    if not isinstance(equation, str) or operands is None or len(operands) != 2:
+        return None
+    a, b = operands
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return None
+    if nodes.tensor(a) is None or nodes.tensor(b) is None:
+        return None
+    terms, out = _spelled_out(equation, len(shape(a)), len(shape(b)))
+    if len(terms) != 2 or any(len(set(t)) != len(t) for t in (*terms, out)) or len(out) != len(index):
+        return None
+    summed = [c for c in dict.fromkeys(terms[0] + terms[1]) if c not in out]
+    if len(summed) != 1 or not all(summed[0] in t for t in terms):
+        return None
+    where = dict(zip(out, index, strict=True)) | {summed[0]: SUMMED}
+    sizes = dict(zip(terms[0], shape(a), strict=True))
+    if not same(sizes[summed[0]], shape(b)[terms[1].index(summed[0])]):
+        return None
+
+    def operand_index(term: str, operand: fx.Node) -> Index:
+        found = zip(term, shape(operand), strict=True)
+        return tuple(const(0) if same(n, 1) and c in out else where[c] for c, n in found)
+
+    a_index, b_index = operand_index(terms[0], a), operand_index(terms[1], b)
+    return Product(node, a, a_index, b, b_index, SUMMED, sizes[summed[0]])
+
+
+def _spelled_out(equation: str, *ranks: int) -> tuple[list[str], str]:
+    """The terms and the output of an einsum with one letter per dimension, ellipses replaced."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != len(ranks):
+        return [], ""
+    if not arrow:
+        letters = "".join(terms).replace(".", "")
+        out = ("..." if "..." in left else "") + "".join(
+            sorted(c for c in set(letters) if letters.count(c) == 1)
+        )
+    batch = "0123456789"
+    widest = 0
+    for i, (term, rank) in enumerate(zip(terms, ranks, strict=True)):
+        missing = rank - len(term.replace("...", ""))
+        if "..." in term and 0 <= missing <= len(batch):
+            widest = max(widest, missing)
+            terms[i] = term.replace("...", batch[len(batch) - missing :])
+        elif missing:
+            return [], ""
+    return terms, out.replace("...", batch[len(batch) - widest :])

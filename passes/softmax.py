@@ -1,0 +1,194 @@
+"""The softmax in any spelling, and the weights that come from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from flashfuse.kernels import expr as E
+from flashfuse.kernels.expr import const
+from flashfuse.passes import dialect, nodes
+from flashfuse.passes.dialect import Op
+from flashfuse.passes.indices import NotLiftable, source_index
+from flashfuse.passes.lift import Lift, Scope
+from flashfuse.passes.nodes import same, shape
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """What is normalised, and along which dimension."""
+
+    output: fx.Node
+    input: fx.Node
+    dim: int
+    parts: tuple[fx.Node, ...]
+    zero_dead_rows: bool = False
+
+
+def read_softmax(node: fx.Node) -> Softmax | None:
+    """The softmax whose result is ``node``."""
+    op = dialect.read(node)
+    if op is None:
+        return None
+    if op.name in ("softmax", "safe_softmax"):
+        dim = op.args.get("dim")
+        example = nodes.tensor(op.input)
+        if example is None or not isinstance(dim, int) or not example.ndim:
+            return None
+        return Softmax(node, op.input, dim % example.ndim, (node,), op.name == "safe_softmax")
+    if op.name == "where":
+        return _with_zero_dead_rows(node, op)
+    if op.name == "exp":
+        return _exponential_of_log(node, op)
+    return _decomposed(node, op)
+
+
+def _with_zero_dead_rows(node: fx.Node, op: Op) -> Softmax | None:
+    """``where(all(x == -inf), 0, softmax(x))``: what the inference dialect makes of ``_safe_softmax``."""
+    weights = op.args.get("other")
+    plain = read_softmax(weights) if isinstance(weights, fx.Node) else None
+    if plain is None or plain.zero_dead_rows or not _is_zero(op.args.get("input")):
+        return None
+    parts: list[fx.Node] = []
+    condition, dead = op.args.get("condition"), True
+    while isinstance(condition, fx.Node):
+        step = dialect.read(condition)
+        parts.append(condition)
+        if step is None:
+            return None
+        if step.name == "not":
+            dead = not dead
+        elif step.name == ("all" if dead else "any"):
+            rows = _single_dim(step, len(shape(plain.input)))
+            if rows != plain.dim or not step.get("keepdim", False):
+                return None
+        elif step.name == ("eq" if dead else "ne"):
+            if step.input is not plain.input or step.args["other"] != -math.inf:
+                return None
+            zeros = [n for n in (op.args["input"],) if isinstance(n, fx.Node)]
+            return Softmax(node, plain.input, plain.dim, (node, *plain.parts, *parts, *zeros), True)
+        else:
+            return None
+        condition = step.input
+    return None
+
+
+def _is_zero(x: Any) -> bool:
+    if not isinstance(x, fx.Node):
+        return x == 0
+    lift = Lift(Scope(), {})
+    return nodes.tensor(x) is not None and lift.element(x, tuple(const(0) for _ in shape(x))) == const(0)
+
+
+def _exponential_of_log(node: fx.Node, op: Op) -> Softmax | None:
+    """``exp(log_softmax(x))`` and ``exp(x - logsumexp(x))``."""
+    logs = dialect.read(op.input) if isinstance(op.input, fx.Node) else None
+    if logs is None or not isinstance(logs.input, fx.Node) or nodes.tensor(logs.input) is None:
+        return None
+    x = logs.input
+    if logs.name == "log_softmax" and isinstance(logs.args.get("dim"), int):
+        return Softmax(node, x, logs.args["dim"] % len(shape(x)), (node, op.input))
+    if logs.name == "sub" and logs.get("alpha", 1) == 1:
+        total = _row_reduction(logs.args["other"], ("logsumexp",), x)
+        if total is not None:
+            return Softmax(node, x, total[0], (node, op.input, *total[1]))
+    return None
+
+
+def _decomposed(node: fx.Node, op: Op) -> Softmax | None:
+    """``exp(x - max(x)) / sum(exp(x - max(x)))``, with or without the maximum."""
+    if op.name != "div" or op.args.get("rounding_mode") is not None:
+        return None
+    numerator = op.args["input"]
+    exponential = dialect.read(numerator) if isinstance(numerator, fx.Node) else None
+    if exponential is None or exponential.name != "exp" or not isinstance(exponential.input, fx.Node):
+        return None
+    total = _row_reduction(op.args["other"], ("sum",), numerator)
+    if total is None:
+        return None
+    dim, summing = total
+    x = exponential.input
+    parts = (node, *summing, numerator)
+    shifted = dialect.read(x)
+    if shifted is not None and shifted.name == "sub" and shifted.get("alpha", 1) == 1:
+        above = shifted.input
+        peak = _row_reduction(shifted.args["other"], ("amax", "max"), above)
+        if peak is not None and peak[0] == dim:
+            return Softmax(node, above, dim, (*parts, x, *peak[1]))
+    return Softmax(node, x, dim, parts)
+
+
+def _row_reduction(node: Any, names: tuple[str, ...], x: Any) -> tuple[int, tuple[fx.Node, ...]] | None:
+    """The dimension and the nodes, where ``node`` is a reduction of ``x`` broadcast back over its rows."""
+    if not isinstance(node, fx.Node) or not isinstance(x, fx.Node) or nodes.tensor(x) is None:
+        return None
+    if nodes.tensor(node) is None or len(shape(node)) != len(shape(x)):
+        return None
+    sizes = shape(x)
+    lift = Lift(Scope(), {f"o{i}": n for i, n in enumerate(sizes)})
+    marks = [E.var(f"o{i}") for i in range(len(sizes))]
+    index = tuple(const(0) if same(n, 1) else m for n, m in zip(shape(node), marks, strict=True))
+    through: list[fx.Node] = []
+    while isinstance(node, fx.Node):
+        op = dialect.read(node)
+        if op is None or op.mutates:
+            return None
+        through.append(node)
+        if op.name in names:
+            dim = _single_dim(op, len(sizes))
+            if op.input is not x or dim is None:
+                return None
+            kept = (const(0),) if op.get("keepdim", False) else ()
+            wanted = [const(0) if same(n, 1) else m for n, m in zip(sizes, marks, strict=True)]
+            reads_its_row = index == (*wanted[:dim], *kept, *wanted[dim + 1 :])
+            return (dim, tuple(through)) if reads_its_row else None
+        if op.name == "getitem" and op.args["index"] == 0 and nodes.tensor(op.input) is None:
+            node = op.input
+        elif op.name == "detach" and "sum" not in names and "logsumexp" not in names:
+            # The gradient through the maximum cancels; the one through the sum does not.
+            node = op.input
+        else:
+            try:
+                moved = source_index(lift, node, op, index)
+            except NotLiftable:
+                return None
+            if moved is None:
+                return None
+            node, index = op.input, moved
+    return None
+
+
+def _single_dim(op: Op, rank: int) -> int | None:
+    dim = op.args.get("dim")
+    if isinstance(dim, (list, tuple)) and len(dim) == 1:
+        dim = dim[0]
+    return dim % rank if isinstance(dim, int) and not isinstance(dim, bool) else None
+
+
+_BETWEEN = (
+    {"contiguous", "clone", "dropout", "native_dropout", "repeat", "repeat_interleave", "getitem"}
+    | dialect.CASTS
+    | dialect.VIEWS
+) - {"detach"}
+"""What may stand between the softmax and the product with v."""
+
+
+def softmax_above(weights: fx.Node) -> Softmax | None:
+    """The softmax that ``weights`` come from through casts, dropout and index-only operations."""
+    node: Any = weights
+    while isinstance(node, fx.Node):
+        softmax = read_softmax(node)
+        if softmax is not None:
+            return softmax
+        op = dialect.read(node)
+        if op is None or op.name not in _BETWEEN:
+            return None
+        node = op.args.get("input")
+        if op.name == "getitem" and isinstance(node, fx.Node) and isinstance(nodes.value(node), tuple):
+            inner = dialect.read(node)
+            if inner is None or inner.name != "native_dropout" or op.args["index"] != 0:
+                return None
+    return None
