@@ -55,10 +55,15 @@ def program_of(shape: Shape, causal: bool, window: int = 1 << 30) -> ScoreProgra
     return ScoreProgram.parse(text)
 
 
+@functools.cache
+def _seed() -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device="cuda")
+
+
 def ours(
     q: Tensor, k: Tensor, v: Tensor, program: ScoreProgram, maps: list[Tensor], p: float = 0.0
 ) -> Tensor:
-    seed = torch.zeros(1, dtype=torch.int64, device="cuda") if p else None
+    seed = _seed() if p else None
     out: Tensor = torch.ops.flashfuse.attention(q, k, v, [], [], maps, seed, program.text, p, "triton")[0]
     return out
 
@@ -72,7 +77,12 @@ def sdpa(backend: SDPBackend, causal: bool, p: float = 0.0) -> Callable[..., Ten
 
 
 def flex(shape: Shape, causal: bool, window: int = 1 << 30) -> Callable[..., Tensor]:
+    import torch._dynamo
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._functorch.config.donated_buffer = False  # its backward is timed more than once
+    torch._dynamo.reset()  # else it stops compiling after eight shapes, and runs unfused
 
     def mask(b: Any, h: Any, q: Any, kv: Any) -> Any:
         return (kv <= q) & (kv > q - window) if window < 1 << 30 else kv <= q
@@ -111,6 +121,8 @@ def elapsed_ms(f: Callable[[], object]) -> float:
     f()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(7)]
     torch.cuda.synchronize()
+    # The device waits while the host runs ahead, so that short kernels are not timed by their launches.
+    torch.cuda._sleep(30_000_000)
     for start, stop in events:
         start.record()
         f()

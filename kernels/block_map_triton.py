@@ -135,14 +135,16 @@ def _map_row(  # type: ignore[no-untyped-def]
     # Full blocks are written behind the partial ones, so those are counted first.
     num_partial = 0
     for start in range(0, n, CHUNK):
-        partial, full = _states(States, plane, row, start, n, ptrs, nums, Sq, Skv, nq, nkv, Hm, BY_KV, CLASSIFY,
-                                BLOCK, CHUNK)  # fmt: skip
+        partial, full = _states(
+            States, plane, row, start, n, ptrs, nums, Sq, Skv, nq, nkv, Hm, BY_KV, CLASSIFY, BLOCK, CHUNK
+        )
         num_partial += tl.sum(partial, 0)
     written_partial = 0
     written_full = 0
     for start in range(0, n, CHUNK):
-        partial, full = _states(States, plane, row, start, n, ptrs, nums, Sq, Skv, nq, nkv, Hm, BY_KV, CLASSIFY,
-                                BLOCK, CHUNK)  # fmt: skip
+        partial, full = _states(
+            States, plane, row, start, n, ptrs, nums, Sq, Skv, nq, nkv, Hm, BY_KV, CLASSIFY, BLOCK, CHUNK
+        )
         block = start + tl.arange(0, CHUNK)
         at_partial = written_partial + tl.cumsum(partial, 0) - 1
         at_full = num_partial + written_full + tl.cumsum(full, 0) - 1

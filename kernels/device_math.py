@@ -101,11 +101,11 @@ def keep_draw(seed, bh, q_start, kv_start, BM: tl.constexpr, BN: tl.constexpr): 
     """One uniform int32 per element of the [BM, BN] tile at (q_start, kv_start), multiples of BM and BN.
 
     One call of Philox-4x32-7 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3) at the
-    counter (8 (kv // 32) + kv % 8, 8 (q // 16) + q % 8, bh, 0) serves 8 elements: its word (kv // 8) % 4, turned by 16 bits in
-    the rows with (q // 8) % 2 = 1.  So the draw does not depend on the tile sizes, every element is uniform
-    over 32 bits, and two that share a word depend on each other only where their upper 16 bits meet
-    the threshold exactly.  These are the elements that one thread holds in the layout of the tensor
-    cores.  BM is a multiple of 16, BN of 32.
+    counter (8 (kv // 32) + kv % 8, 8 (q // 16) + q % 8, bh, 0) serves 8 elements: its word (kv // 8) % 4,
+    turned by 16 bits in the rows with (q // 8) % 2 = 1.  So the draw does not depend on the tile sizes,
+    every element is uniform over 32 bits, and two that share a word depend on each other only where
+    their upper 16 bits meet the threshold exactly.  These are the elements that one thread holds in
+    the layout of the tensor cores.  BM is a multiple of 16, BN of 32.
     """
     rows: tl.constexpr = BM // 2
     columns: tl.constexpr = BN // 4

@@ -103,13 +103,14 @@ def backward(
         if not code.folded or site.sums_rows_exactly:
             run("rows", aligned, site.make_rows, q, k, v, do, used, norm, delta, seed, ptrs)
         extra_k, extra_v = site.dead_gradients(do, lse, aligned, q, k, v, used, delta, norm, seed, ptrs)
-        tensors = (q, k, v, do, dk, dv, used, delta, norm, extra_k, extra_v, q_map, seed, ptrs)
-        run("dkdv", aligned, functools.partial(site.make_dkdv, dk, dv, extra_k, extra_v, q_map), *tensors)
-        tensors = (q, k, v, do, dq, used, delta, norm, kv_map, seed, ptrs, sums)
-        run("dq", aligned, functools.partial(site.make_dq, dq, sums, kv_map), *tensors)
+        make = functools.partial(site.make_dkdv, dk, dv, extra_k, extra_v, q_map)
+        extra = (extra_k, extra_v)
+        run("dkdv", aligned, make, q, k, v, do, dk, dv, used, delta, norm, *extra, q_map, seed, ptrs)
+        make = functools.partial(site.make_dq, dq, sums, kv_map)
+        run("dq", aligned, make, q, k, v, do, dq, used, delta, norm, kv_map, seed, ptrs, sums)
         if site.uniform:
-            tensors = (q, k, v, do, dq, used, delta, norm, None, seed, ptrs, sums)
-            run("uniform_dq", aligned, functools.partial(site.make_dq, dq, sums, None, True), *tensors)
+            make = functools.partial(site.make_dq, dq, sums, None, True)
+            run("uniform_dq", aligned, make, q, k, v, do, dq, used, delta, norm, None, seed, ptrs, sums)
     return [dq, dk, dv, *(s.to(captures[i].dtype) for s, i in zip(sums, wanted, strict=True))]
 
 

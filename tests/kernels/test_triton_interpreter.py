@@ -32,7 +32,8 @@ CASES = """
     dict(program="s*0.158 + bias[b, 0, q, kv]", sizes=(2, 2, 33, 40), captures=hostile_bias),
     dict(program="s*0.158 + slope[h]*(kv - q)", sizes=(1, 2, 33, 40), captures=lambda *n: [torch.rand(n[1])],
          grads=(0,), dtype=torch.float16, dropout_p=0.1),
-    dict(program="s*0.158 + bias[h]", sizes=(1, 2, 33, 1), captures=lambda *n: [torch.rand(n[1])], grads=(0,)),
+    dict(program="s*0.158 + bias[h]", sizes=(1, 2, 33, 1), captures=lambda *n: [torch.rand(n[1])],
+         grads=(0,)),
     dict(program="s*x[b, kv // 3]*0.1 where doc[b, q] == doc[b, kv] else zero", sizes=(2, 2, 33, 33),
          captures=lambda *n: [torch.rand(n[0], 11), *documents(*n)], grads=(0,), layout="packed"),
 """
