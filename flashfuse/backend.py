@@ -49,8 +49,13 @@ def flashfuse(
         rewritten, report = pipeline.run(gm, chosen)
     except Exception as error:
         rewritten, report = gm, _failed(gm, "the rewrite failed", error)
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
     try:
         compiled = compile_inner(rewritten, example_inputs, chosen)
+    except (RestartAnalysis, SkipFrame):
+        # Not failures: Inductor asks Dynamo to trace again, and Dynamo will call us again.
+        raise
     except Exception as error:
         if rewritten is gm:
             raise

@@ -84,6 +84,8 @@ def find_regions(graph: fx.Graph) -> tuple[AttentionRegion | NearMiss, ...]:
     for node in graph.nodes:
         if node not in live:
             continue
+        if node.target is torch.nn.functional.multi_head_attention_forward:
+            found.append(NearMiss(node.name, node, (_WHOLE,), nodes.source(node)))
         for candidate in _candidates(node):
             try:
                 region = candidate.region(memory, live)
@@ -97,6 +99,13 @@ def find_regions(graph: fx.Graph) -> tuple[AttentionRegion | NearMiss, ...]:
             break
     found += _unreached(graph, live, claimed)
     return tuple(sorted(found, key=lambda site: memory.position[site.output]))
+
+
+_WHOLE = Reason(
+    "whole_module",
+    "Dynamo keeps multi_head_attention_forward as a single call and does not trace what is inside",
+    hint="capture the model with torch.export and rewrite that graph",
+)
 
 
 def _candidates(node: fx.Node) -> Iterator[Candidate]:
@@ -555,6 +564,8 @@ def _assemble(
     _check_escapes(inside, masks, lift, live, memory, node)
     q, k, v = (_view(operand, length, lift) for operand, length in zip(operands, lengths, strict=True))
     shape_ = _shape(frame, q, k, v, lift, node)
+    if not score_dtype.is_floating_point:
+        raise Refused(Reason("dtype", f"the scores are {str(score_dtype).removeprefix('torch.')}"))
     program = analyse.program(score, score_dtype, lift, shape_, zero_dead_rows)
     if isinstance(program, Reason):
         raise Refused(program)
@@ -725,10 +736,10 @@ def scores_like(scores: fx.Node) -> bool:
             einsum = op.name == "einsum" and min(ranks, default=0) > 2
             return (einsum or len(ranks) == 1) and not any(nodes.is_parameter(n) for n in operands)
         inputs = [n for n in node.all_input_nodes if nodes.tensor(n) is not None]
-        if op is not None and op.name in _ROW_BY_ROW:
-            pending += inputs
-        elif len(inputs) == 1 and nodes.tensor(node) is not None and shape(node) == shape(inputs[0]):
-            pending += inputs
+        row_by_row = op is not None and op.name in _ROW_BY_ROW
+        if len(inputs) == 1 and nodes.tensor(node) is not None:
+            row_by_row = row_by_row or shape(node) == shape(inputs[0])
+        pending += inputs if row_by_row else []
     return False
 
 

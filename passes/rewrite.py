@@ -44,11 +44,19 @@ def rewrite(gm: fx.GraphModule, plans: Sequence[SitePlan]) -> tuple[SitePlan, ..
     A site whose replacement would not have the original's shape, dtype and device is left.
     """
     emitter = Emitter(gm.graph)
+    used = [n for n in gm.graph.nodes if n.users]
     done: list[SitePlan] = []
     for plan in plans:
         done.append(emitter.replace(plan) if isinstance(plan, Fuse) else plan)
     fused = [p.region for p in done if isinstance(p, Fuse)]
-    _erase_unused(gm.graph, {n for region in fused for n in (region.output, *region.interior, *region.masks)})
+    ours = {n for region in fused for n in (region.output, *region.interior, *region.masks)}
+    _erase_unused(gm.graph, ours)
+    if fused:
+        left = set(gm.graph.nodes)
+        for node in reversed([n for n in used if n in left]):
+            # Views that only a site read, such as the transposed k.
+            if not node.users and dialect.read(node) is not None and not dialect.writes(node):
+                gm.graph.erase_node(node)
     gm.graph.lint()
     gm.recompile()
     return tuple(done)
@@ -248,8 +256,11 @@ class Emitter:
         original = nodes.value(region.output)
         if nodes.value(out).dtype != original.dtype:
             out = self.call("to", out, original.dtype)
-        if nodes.value(out).stride() != original.stride() and not _any_strides(region.output):
-            out = self.call("contiguous", out)
+        if nodes.value(out).stride() != original.stride():
+            with self._mode or contextlib.nullcontext():
+                seen = _strides_seen(region.output, nodes.value(out))
+            if seen:
+                out = self.call("contiguous", out)
         return out
 
 
@@ -263,16 +274,27 @@ class NotEmittable(Exception):
     """The replacement cannot be written down in this graph."""
 
 
-def _any_strides(node: fx.Node, depth: int = 4) -> bool:
-    """True when no user of ``node`` can tell its strides: they all copy or permute first."""
+def _strides_seen(node: fx.Node, ours: torch.Tensor, depth: int = 4) -> bool:
+    """True when the graph can tell ``ours`` from the value of ``node``, which has other strides."""
     if depth == 0 or not node.users:
-        return False
+        return True
     for user in node.users:
         op = dialect.read(user)
         if op is None or dialect.writes(user):
-            return False
-        if op.name in ("contiguous", "matmul", "bmm"):
+            return True
+        if op.name == "matmul":
             continue
-        if op.name not in ("transpose", "permute", "reshape", "flatten") or not _any_strides(user, depth - 1):
-            return False
-    return True
+        others = [n for n in user.all_input_nodes if n is not node and nodes.tensor(n) is not None]
+        example = nodes.tensor(user)
+        if op.name not in dialect.VIEWS | {"contiguous"} or others or example is None:
+            return True
+        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: ours if n is node else nodes.value(n))
+        run = getattr(torch.Tensor, user.target) if isinstance(user.target, str) else user.target
+        try:
+            result = run(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, ValueError):
+            # A view that these strides do not allow.
+            return True
+        if result.stride() != example.stride() and _strides_seen(user, result, depth - 1):
+            return True
+    return False
