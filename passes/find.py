@@ -92,10 +92,13 @@ def find_regions(graph: fx.Graph) -> tuple[AttentionRegion | NearMiss, ...]:
             except Refused as refused:
                 if refused.reason.code != "not_attention":
                     found.append(NearMiss(node.name, node, (refused.reason,), nodes.source(node)))
-                claimed.update(candidate.softmax)
-                break
+            except Exception as error:
+                # A fault of ours at one site must not cost the others, nor the compile.
+                reason = Reason("internal", f"the search failed here: {type(error).__name__}: {error}")
+                found.append(NearMiss(node.name, node, (reason,), nodes.source(node)))
+            else:
+                found.append(region)
             claimed.update(candidate.softmax)
-            found.append(region)
             break
     found += _unreached(graph, live, claimed)
     return tuple(sorted(found, key=lambda site: memory.position[site.output]))

@@ -200,6 +200,7 @@ class Emitter:
                 node = self.call("unflatten", node, dim, (-1, count))
                 labels[dim : dim + 1] = [B, H]
                 break
+        labels = _named(labels, [role for role in (B, H) if all(not E.contains(e, role) for e in labels)])
         for dim in reversed(range(len(labels))):
             if labels[dim] == const(0):
                 node = self.call("select", node, dim, 0)
@@ -227,11 +228,13 @@ class Emitter:
 
     def restore(self, out: fx.Node, region: AttentionRegion) -> fx.Node:
         """The operator's [B, H, Sq, Dv] output in the shape, dtype and strides of the original's."""
-        sizes = dict(zip(region.out_index, nodes.shape(region.output), strict=True))
         labels: list[Expr] = [B, H, Q, SUMMED]
         flat = next((e for e in region.out_index if folded_heads_of(e) is not None), None)
+        unused = [role for role in (B, H) if all(not E.contains(e, role) for e in region.out_index)]
+        target = _named(region.out_index, unused)
+        sizes = dict(zip(target, nodes.shape(region.output), strict=True))
         for position, role in ((1, H), (0, B)):
-            own = [e for e in region.out_index if e != flat and E.contains(e, role)]
+            own = [e for e in target if e != flat and E.contains(e, role)]
             own.sort(key=lambda e: -_divisor(e))
             if not own and flat is None:
                 out = self.call("select", out, position, 0)
@@ -241,7 +244,7 @@ class Emitter:
                 out = self.call("unflatten", out, position, lengths)
             labels[position : position + 1] = own if own or flat is None else [role]
         wanted: list[Expr] = []
-        for e in region.out_index:
+        for e in target:
             if e != const(0):
                 wanted += [B, H] if e == flat else [e]
         permutation = [labels.index(e) for e in wanted]
@@ -250,7 +253,7 @@ class Emitter:
         if flat is not None:
             at = wanted.index(B)
             out = self.call("flatten", out, at, at + 1)
-        for position, e in enumerate(region.out_index):
+        for position, e in enumerate(target):
             if e == const(0):
                 out = self.call("unsqueeze", out, position)
         original = nodes.value(region.output)
@@ -268,6 +271,11 @@ def _divisor(e: Expr) -> int:
     found = digit(e)
     assert found is not None
     return found.divisor
+
+
+def _named(labels: Sequence[Expr], roles: list[Expr]) -> list[Expr]:
+    """``labels`` with dimensions of size 1 named by the roles that nothing else plays."""
+    return [roles.pop(0) if e == const(0) and roles else e for e in labels]
 
 
 class NotEmittable(Exception):
