@@ -105,8 +105,9 @@ def _each_graph(
 
         return run
 
-    def call(*a: Any, **k: Any) -> Any:
-        return model(*a, **k)
+    # Dynamo names the model's inputs after these arguments; the lift knows them as ``args`` and ``kwargs``.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
 
     # Dynamo counts compilations by code object: a fresh one leaves the model's own compiled code alone,
     # and the limit must not end the search silently.
