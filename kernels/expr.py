@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -182,8 +183,10 @@ def add(*operands: Expr) -> Expr:
         if constant != 0 or not parts:
             parts.append(const(constant))
     else:
-        first = operands[0]
-        flat = (*(first.operands if first.op == "+" and not is_integral(first) else (first,)), *operands[1:])
+        # What precedes the first real term may be collected: that is how the text would be read.
+        whole = tuple(itertools.takewhile(is_integral, operands))
+        first, rest = (add(*whole), operands[len(whole) :]) if whole else (operands[0], operands[1:])
+        flat = (*(first.operands if first.op == "+" and not is_integral(first) else (first,)), *rest)
         parts = []
         for part in flat:
             if len(parts) == 1 and parts[0].is_const and part.is_const:
@@ -370,7 +373,8 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
         if difference.is_const:
             return const(bool(COMPARISONS[op](difference.value, 0)))
         a, op, b = _solved(difference, op)
-        if (op, shift := _terms(b).get(None, 0)) in _TIGHTER:
+        shift = int(_terms(b).get(None, 0))
+        if (op, shift) in _TIGHTER:
             # Over the integers `kv < q + 1` is `kv <= q`.
             op, b = _TIGHTER[op, shift], sub(b, const(shift))
     return Expr(op, a, b)
@@ -530,7 +534,9 @@ def _text(e: Expr) -> tuple[str, int]:
         out = _wrapped(ordered[0], 5)
         for term in ordered[1:]:
             positive = neg(term) if _is_negative(term) else term
-            sign, shown = (" - ", positive) if positive != term and not _is_negative(positive) else (" + ", term)
+            sign, shown = (
+                (" - ", positive) if positive != term and not _is_negative(positive) else (" + ", term)
+            )
             out += sign + _wrapped(shown, 6)
         return out, 5
     if op == "*" and args[1].is_const and args[1].value == -1:
