@@ -25,7 +25,9 @@ def main() -> int:
     device = torch.device("cuda")
     lines = ["| tokens | peak above inputs, MB | bytes per token |", "|---|---|---|"]
     for n in LENGTHS:
-        q, k, v = (torch.randn(1, n, 16, 64, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+        q, k, v = (
+            torch.randn(1, n, 16, 64, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
+        )
         for t in (q, k, v):
             t.requires_grad_()
 

@@ -83,15 +83,45 @@ def _mistral() -> torch.nn.Module:
     return transformers.MistralModel(config)
 
 
+def _prefill(batch: int, length: int, vocab: int, pad: str = "") -> dict[str, Any]:
+    """Inputs of an inference workload; the equality check runs at a short, odd length."""
+    return {
+        "train": False,
+        "inputs": _ids(batch, length, vocab, pad),
+        "small": _ids(2, 111, vocab, pad),
+    }
+
+
+def _training(batch: int, length: int, vocab: int) -> dict[str, Any]:
+    return {"train": True, "inputs": _ids(batch, length, vocab), "small": _ids(2, 111, vocab)}
+
+
+_CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+_GPU: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+WITH_FLEX = (*ALL[:-1], "flex + compile", "flashfuse")
+LONG = ("sdpa", "sdpa + compile", "flex + compile", "flashfuse")
+
 WORKLOADS = (
-    Workload("gpt2-inference-4x512", "cpu", torch.float32, False, _gpt2, _ids(4, 512, 50257, "right"), _ids(2, 64, 50257, "right")),
-    Workload("bert-inference-4x512", "cpu", torch.float32, False, _bert, _ids(4, 512, 30522, "right"), _ids(2, 64, 30522, "right")),
-    Workload("gpt2-train-2x512", "cpu", torch.float32, True, _gpt2, _ids(2, 512, 50257), _ids(2, 64, 50257)),
-    Workload("gpt2-inference-1x2048", "cpu", torch.float32, False, _gpt2, _ids(1, 2048, 50257), _ids(1, 200, 50257)),
-    Workload("gpt2-train-16x1024", "cuda", torch.bfloat16, True, _gpt2, _ids(16, 1024, 50257), _ids(2, 200, 50257)),
-    Workload("llama-prefill-2x8192-left-padded", "cuda", torch.bfloat16, False, _llama, _ids(2, 8192, 128_256, "left"), _ids(2, 300, 128_256, "left"), (*ALL[:-1], "flex + compile", "flashfuse")),
-    Workload("mistral-prefill-1x32768-window-4096", "cuda", torch.bfloat16, False, _mistral, _ids(1, 32768, 32000), _ids(1, 300, 32000), ("sdpa", "sdpa + compile", "flex + compile", "flashfuse")),
-)  # fmt: skip
+    Workload("gpt2-inference-4x512", build=_gpt2, **_CPU, **_prefill(4, 512, 50257, "right")),
+    Workload("bert-inference-4x512", build=_bert, **_CPU, **_prefill(4, 512, 30522, "right")),
+    Workload("gpt2-train-2x512", build=_gpt2, **_CPU, **_training(2, 512, 50257)),
+    Workload("gpt2-inference-1x2048", build=_gpt2, **_CPU, **_prefill(1, 2048, 50257)),
+    Workload("gpt2-train-16x1024", build=_gpt2, **_GPU, **_training(16, 1024, 50257)),
+    Workload(
+        "llama-prefill-2x8192-left-padded",
+        build=_llama,
+        ways=WITH_FLEX,
+        **_GPU,
+        **_prefill(2, 8192, 128_256, "left"),
+    ),
+    Workload(
+        "mistral-prefill-1x32768-window-4096",
+        build=_mistral,
+        ways=LONG,
+        **_GPU,
+        **_prefill(1, 32768, 32000),
+    ),
+)
 
 
 def run(work: Workload, rounds: int, ways: tuple[str, ...]) -> Bench:
@@ -110,12 +140,20 @@ def run(work: Workload, rounds: int, ways: tuple[str, ...]) -> Bench:
         steps[way] = _step(_twin(model, attention), backend, inputs, work.train)
     flashfuse.clear_reports()
     budget = 240.0 if device.type == "cpu" else 60.0
-    rows = measure(steps, device, rounds=rounds, budget_s=budget, on_step=lambda s: print(f"  {s}", file=sys.stderr))
+    rows = measure(
+        steps, device, rounds=rounds, budget_s=budget, on_step=lambda s: print(f"  {s}", file=sys.stderr)
+    )
     reports = flashfuse.reports()
     fused = sum(r.num_fused for r in reports)
     notes = [f"{fused} of {sum(r.num_sites for r in reports)} sites fused; {_variants(reports)}"]
     notes += [w for r in reports for w in r.warnings]
-    return Bench(f"{work.name} ({str(work.dtype)[6:]}, {_parameters(model)})", machine_line(device), rows, equal, tuple(notes))
+    return Bench(
+        f"{work.name} ({str(work.dtype)[6:]}, {_parameters(model)})",
+        machine_line(device),
+        rows,
+        equal,
+        tuple(notes),
+    )
 
 
 def _variants(reports: tuple[flashfuse.Report, ...]) -> str:

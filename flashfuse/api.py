@@ -132,7 +132,8 @@ def _undisturbed(model: Any) -> Iterator[None]:
 
 def _merged_checks(checks: Sequence[ModelCheck]) -> ModelCheck:
     if not checks:
-        nothing = CheckItem("graph", math.inf, 0.0, 0.0, False, "Dynamo traced no graph, so nothing was compared")
+        note = "Dynamo traced no graph, so nothing was compared"
+        nothing = CheckItem("graph", math.inf, 0.0, 0.0, False, note)
         return ModelCheck(False, (nothing,))
     items: tuple[CheckItem, ...] = tuple(i for c in checks for i in c.items)
     peak = max((c.peak_bytes or 0 for c in checks), default=0)

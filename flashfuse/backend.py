@@ -113,5 +113,3 @@ def clear_reports() -> None:
     """Forget all reports."""
     with _lock:
         _reports.clear()
-
-

@@ -54,7 +54,9 @@ class Options:
 
             unknown = [name for name in rest if name.replace("-", "_") not in config.shallow_copy_dict()]
             if unknown:
-                raise ValueError(f"unknown option {unknown[0]!r}; expected inner, verify, or an option of Inductor")
+                raise ValueError(
+                    f"unknown option {unknown[0]!r}; expected inner, verify, or an option of Inductor"
+                )
         if mode is not None and inner != "inductor":
             raise ValueError(f"mode={mode!r} is Inductor's; the inner compiler is {inner!r}")
         return Options(inner, verify, mode, rest)

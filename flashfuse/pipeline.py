@@ -64,7 +64,9 @@ def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
     reasons = () if isinstance(plan, Fuse) else plan.reasons
     if not isinstance(region, AttentionRegion):
         return SiteReport(region.name, "left", reasons, source=region.source)
-    refused = [(n, r) for n, r in plan.selection.refused if r.code != "device"] if isinstance(plan, Fuse) else []
+    refused = (
+        [(n, r) for n, r in plan.selection.refused if r.code != "device"] if isinstance(plan, Fuse) else []
+    )
     return SiteReport(
         name=region.name,
         status="fused" if fused else "left",
@@ -107,5 +109,3 @@ def merged(reports: Sequence[Report], **fields: object) -> Report:
         pass_ms=sum(r.pass_ms for r in reports),
         **fields,  # type: ignore[arg-type]
     )
-
-

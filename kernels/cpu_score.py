@@ -11,6 +11,7 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -314,7 +315,8 @@ class _Compared(_Reach):
             return 0, self.kv_len
         if self.op == "==":
             return _hull((self.left >= low) & (self.left <= high))
-        return _hull(COMPARISONS[self.op](self.left, high if self.op in ("<", "<=") else low))
+        reached: Any = COMPARISONS[self.op](self.left, high if self.op in ("<", "<=") else low)
+        return _hull(reached)
 
     def holds(self, q0: int, q1: int, k0: int, k1: int) -> bool:
         low, high = self._right_bounds(q0, q1)
@@ -323,7 +325,8 @@ class _Compared(_Reach):
             return bool(((left == low) & (left == high)).all())
         if self.op == "!=":
             return bool(((left < low) | (left > high)).all())
-        return bool(COMPARISONS[self.op](left, low if self.op in ("<", "<=") else high).all())
+        everywhere: Any = COMPARISONS[self.op](left, low if self.op in ("<", "<=") else high)
+        return bool(everywhere.all())
 
 
 class _Several(_Reach):
@@ -403,7 +406,7 @@ class TileValues(dict[str, Value]):
 
     def _view(self, load: Load, source: Tensor) -> Tensor:
         """The part of ``source`` that the tile reads, as [b or 1, H or 1, rows or 1, columns or 1]."""
-        axes = []
+        axes: list[Any] = []
         for index in load.node.operands:
             if index.is_const:
                 source = source.select(len(axes), int(index.value))

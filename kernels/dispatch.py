@@ -118,7 +118,11 @@ def select(
             return Selection(variant, tuple(refused))
         refused.append((variant.name, reason))
     relevant = [reason for _, reason in refused if reason.code != "device"]
-    return relevant[0] if relevant else Reason("device", f"no kernel runs on {device.type}", hint="use cpu or cuda")
+    return (
+        relevant[0]
+        if relevant
+        else Reason("device", f"no kernel runs on {device.type}", hint="use cpu or cuda")
+    )
 
 
 _MODULES = {variant.name: variant.module for variant in VARIANTS}

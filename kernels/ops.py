@@ -31,8 +31,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captures, "
-    "SymInt[] ints, Tensor[] maps, Tensor? seed, str program, float dropout_p, str variant, int[] capture_grads)"
-    " -> Tensor[]",
+    "SymInt[] ints, Tensor[] maps, Tensor? seed, str program, float dropout_p, str variant, "
+    "int[] capture_grads) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -76,12 +76,31 @@ def _attention_backward(
 ) -> list[Tensor]:
     run = dispatch.implementation(variant).backward
     return run(
-        do, q, k, v, out, lse, captures, ints, maps, seed, ScoreProgram.parse(program), dropout_p, capture_grads
+        do,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        captures,
+        ints,
+        maps,
+        seed,
+        ScoreProgram.parse(program),
+        dropout_p,
+        capture_grads,
     )
 
 
 def _block_map(
-    captures: Sequence[Tensor], ints: Sequence[int], like: Tensor, B: int, H: int, Sq: int, Skv: int, mask: str
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    like: Tensor,
+    B: int,
+    H: int,
+    Sq: int,
+    Skv: int,
+    mask: str,
 ) -> tuple[Tensor, Tensor]:
     from flashfuse.kernels.block_map import build
 
@@ -114,7 +133,10 @@ def _(q, k, v, captures, ints, maps, seed, program, dropout_p, variant):  # type
 
 @torch.library.register_fake("flashfuse::attention_backward")
 def _(do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, capture_grads):  # type: ignore[no-untyped-def]
-    return [*(empty_bhsd(t, t.shape) for t in (q, k, v)), *(captures[i].new_empty(captures[i].shape) for i in capture_grads)]
+    return [
+        *(empty_bhsd(t, t.shape) for t in (q, k, v)),
+        *(captures[i].new_empty(captures[i].shape) for i in capture_grads),
+    ]
 
 
 @torch.library.register_fake("flashfuse::block_map")
@@ -147,7 +169,7 @@ def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
     q, k, v, out, lse, seed, *rest = ctx.saved_tensors
     captures, maps = rest[: ctx.num_captures], rest[ctx.num_captures :]
     # An empty list of integers looks like an empty list of tensors, which wants a list back.
-    no_ints = None if ctx.ints else []
+    no_ints: list[None] | None = None if ctx.ints else []
     no_maps = [None] * len(maps)
     if do is None:
         return None, None, None, [None] * len(captures), no_ints, no_maps, None, None, None, None
@@ -171,7 +193,9 @@ def _autocast(device_type: str) -> Any:
     def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch.amp.autocast(device_type, enabled=False):
-            cast = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
+            cast = (
+                t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v)
+            )
             return torch.ops.flashfuse.attention(*cast, *rest)
 
     return run

@@ -141,7 +141,9 @@ def attention_reference(
     captures = [c.to(q.dtype) if c.is_floating_point() else c for c in captures]
     env = environment(program, captures, ints, (batch, heads, q_len, kv_len), q.device)
     env["s"] = products
-    scores = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype, device=q.device).expand(products.shape)
+    scores = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype, device=q.device).expand(
+        products.shape
+    )
     raw = scores
     if program.mask is not None:
         allowed = _truth(torch.as_tensor(evaluate(program.mask, env), device=q.device)).expand(scores.shape)

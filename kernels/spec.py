@@ -66,9 +66,8 @@ class AttentionShape:
         dtype = str(self.dtype).removeprefix("torch.")
         kv = f"H_kv{self.num_kv_heads} " if str(self.num_kv_heads) != str(self.num_q_heads) else ""
         dv = f" Dv{self.v_head_dim}" if str(self.v_head_dim) != str(self.head_dim) else ""
-        return (
-            f"B{self.batch} H{self.num_q_heads} {kv}Sq{self.q_len} Skv{self.kv_len} D{self.head_dim}{dv} {dtype}"
-        )
+        lengths = f"Sq{self.q_len} Skv{self.kv_len}"
+        return f"B{self.batch} H{self.num_q_heads} {kv}{lengths} D{self.head_dim}{dv} {dtype}"
 
 
 @dataclass(frozen=True)
@@ -142,10 +141,14 @@ class ScoreProgram:
         head, where, condition = body.partition(" where ")
         dead = dead.strip() if has_else else "none"
         if dead not in get_args(DeadRows):
-            raise ValueError(f"expected dead rows of {', '.join(get_args(DeadRows))}, got {dead!r} in {text!r}")
+            raise ValueError(
+                f"expected dead rows of {', '.join(get_args(DeadRows))}, got {dead!r} in {text!r}"
+            )
         mask = truth(parse(condition)) if where else None
         if mask is not None and contains(mask, S):
-            raise ValueError(f"expected a mask over indices and captures, got one over the score: {condition!r}")
+            raise ValueError(
+                f"expected a mask over indices and captures, got one over the score: {condition!r}"
+            )
         return ScoreProgram(parse(head), mask, dead)  # type: ignore[arg-type]
 
     @property

@@ -51,7 +51,8 @@ def _inputs(e: Expr) -> frozenset[Expr]:
 def split(e: Expr, lowest: float) -> Masked:
     """``e`` as a score and a condition; ``lowest`` is the finite minimum of the score's dtype."""
     if e.op == "where":
-        return _split_where(*e.args, lowest) or Masked(e)
+        condition, a, b = e.args
+        return _split_where(condition, a, b, lowest) or Masked(e)
     if e.op == "+":
         parts = [split(a, lowest) for a in e.operands]
         return Masked(

@@ -90,10 +90,10 @@ def source_index(lift: Lift, node: fx.Node, op: Op, index: Index) -> Index | Non
             for i, n in zip(aligned, sizes, strict=True)
         )
     if name == "repeat_interleave":
-        repeats, dim = op.args.get("repeats"), op.args.get("dim")
-        if not isinstance(repeats, int) or dim is None:
+        repeats, axis = op.args.get("repeats"), op.args.get("dim")
+        if not isinstance(repeats, int) or axis is None:
             return None
-        d = dimension(dim, rank)
+        d = dimension(axis, rank)
         return (*index[:d], lift.simplify(E.floordiv(index[d], const(repeats))), *index[d + 1 :])
     if name in ("slice", "narrow", "select"):
         d = dimension(op.get("dim", 0), rank)

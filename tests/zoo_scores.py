@@ -312,8 +312,10 @@ def integer_inputs(q, k, v):
 
 
 @left(
-    "casts", "weights_path", inputs=lambda: tuple(torch.randn(B, H, S, D, dtype=torch.complex64) for _ in range(3)),
-)  # fmt: skip
+    "casts",
+    "weights_path",
+    inputs=lambda: tuple(torch.randn(B, H, S, D, dtype=torch.complex64) for _ in range(3)),
+)
 def complex_inputs(q, k, v):
     return torch.softmax((q @ k.transpose(-2, -1)).real, dim=-1).to(v.dtype) @ v
 
