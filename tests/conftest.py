@@ -8,9 +8,21 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 for _path in sorted(Path(__file__).parent.glob("*.py")):
     if _path.stem not in sys.modules and _path.stem != "conftest" and not _path.stem.startswith("test_"):
         _spec = importlib.util.spec_from_file_location(_path.stem, _path)
         _module = importlib.util.module_from_spec(_spec)
         sys.modules[_path.stem] = _module
         _spec.loader.exec_module(_module)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Many tiny products: starting threads would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -20,7 +20,10 @@ from flashfuse.options import Options
 from flashfuse.passes import nodes
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("error::flashfuse.FlashFuseWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("error::flashfuse.FlashFuseWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 BATCH, SEQ, DECODER_SEQ = 2, 17, 9
 """Lengths that are no other size of the models, so that a [.., Sq, Skv] tensor is seen by its shape."""
