@@ -34,6 +34,9 @@ _ROWS = 256
 _SHORT_ROW = 48
 """Keys per row below which the backward of the kernel loses exactness."""
 
+_FEWEST_COLUMNS = 16
+"""Below one vector the kernel gives 0, not NaN, for a row of NaN scores."""
+
 _WORTH_A_CALL = 1 << 20
 """Scores that take much longer than the overhead of one call."""
 
@@ -53,9 +56,12 @@ def forward(
     if 0 in (*q.shape[:3], k.shape[2]):
         lse = q.new_full(q.shape[:3], float("-inf"), dtype=_lse_dtype(q))
         return empty_bhsd(q, (*q.shape[:3], v.shape[-1])).zero_(), lse
-    if dropout_p or not _is_native(form_of(program)):
-        return cpu_blas.forward(q, k, v, captures, ints, seed, program, dropout_p)
-    return _native_forward(_Native(q, k, v, captures, ints, program), q, k, v)
+    if not dropout_p and _is_native(form_of(program)):
+        site = _Native(q, k, v, captures, ints, program)
+        every = list(site.tiles())
+        if all(tile.is_empty or tile.k1 - tile.k0 >= _FEWEST_COLUMNS for tile in every):
+            return _native_forward(site, every, q, k, v)
+    return cpu_blas.forward(q, k, v, captures, ints, seed, program, dropout_p)
 
 
 def backward(
@@ -186,14 +192,16 @@ class _Native:
         return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _native_forward(site: _Native, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _native_forward(
+    site: _Native, every: Sequence[Tile], q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
     batch, heads, q_len, _ = site.sizes
     v_dim = v.shape[-1]
     out = empty_bhsd(q, (batch, heads, q_len, v_dim))
     lse = torch.empty(batch, heads, q_len, dtype=site.dtype)
     mean = None
     q, k, v = site.padded(q), site.padded(k), site.padded(v)
-    for tile in site.tiles():
+    for tile in every:
         rows = (slice(tile.b0, tile.b1), slice(None), slice(tile.q0, tile.q1))
         dead: Tensor | None
         if tile.is_empty:
