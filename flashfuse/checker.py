@@ -24,8 +24,8 @@ from flashfuse.kernels import dispatch
 from flashfuse.kernels.reference import environment, evaluate
 from flashfuse.kernels.spec import Reason, ScoreProgram
 from flashfuse.passes import dialect, nodes
-from flashfuse.passes.find import AttentionRegion
 from flashfuse.passes.plan import Fuse, Left, SitePlan
+from flashfuse.passes.region import AttentionRegion
 from flashfuse.passes.rewrite import Emitter, copy_graph_module
 from flashfuse.report import CheckItem, ModelCheck, SiteCheck
 

@@ -15,8 +15,9 @@ from torch import fx
 from flashfuse.checker import SiteChecker
 from flashfuse.options import Options
 from flashfuse.passes import nodes
-from flashfuse.passes.find import AttentionRegion, find_regions
+from flashfuse.passes.find import find_regions
 from flashfuse.passes.plan import Fuse, SitePlan, plan
+from flashfuse.passes.region import AttentionRegion
 from flashfuse.passes.rewrite import copy_graph_module, rewrite
 from flashfuse.report import Report, SiteCheck, SiteReport
 

@@ -11,7 +11,7 @@ import torch
 from flashfuse.kernels import dispatch
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import nodes
-from flashfuse.passes.find import AttentionRegion, NearMiss
+from flashfuse.passes.region import AttentionRegion, NearMiss
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,11 @@ from flashfuse import pipeline
 from flashfuse.checker import check_graph
 from flashfuse.options import Options
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _chosen(i: int, specimen: zoo.Specimen) -> list[str]:
-    """Every spelling under Dynamo and ``symbolic_trace``; export is slow and sees every fourth, twice."""
+    """Every spelling under Dynamo and ``symbolic_trace``; exporting is slow: each dialect sees every fourth."""
     slow = ("export", "", "decomposed", "")[i % 4]
     return [c for c in specimen.captures if c in ("dynamo", "symbolic", slow) or specimen.captures == (c,)]
 
