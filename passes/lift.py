@@ -12,7 +12,7 @@ import keyword
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import sympy
 import torch
@@ -20,6 +20,7 @@ from torch import fx
 
 from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import Expr, const
+from flashfuse.kernels.spec import DeadRows
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable
@@ -117,18 +118,17 @@ class Lift:
             if known is node:
                 return name
         base = re.sub(r"^l_(kwargs_|args_|self_)?|_$", "", re.sub(r"\W", "_", node.name.lower())) or "x"
+        base = base if base.isidentifier() else f"arg_{base}"
         taken = {
             *E.INDEX_VARS,
             *E.LENGTHS,
             *E.UNARY,
+            *get_args(DeadRows),
             "s",
+            "d",
             "min",
             "max",
             "where",
-            "mean",
-            "nan",
-            "zero",
-            "none",
             "inf",
         }
         name, n = base, 1

@@ -516,3 +516,17 @@ def test_encoder_layer():
     new, report = flashfuse.rewrite(exported, (x,))
     assert report.num_fused == 1
     assert_same([new(x)], [module(x)], [in_float64(module, x)[0](x.double())])
+
+
+def test_captured_arguments_without_a_name_get_one():
+    """Dynamo calls positional arguments ``L_args_1_``; a capture named ``1`` was no expression."""
+
+    class Biased(torch.nn.Module):
+        def forward(self, *args):
+            q, k, v, bias = args
+            return ((q @ k.mT) * 0.3 + bias).softmax(-1) @ v
+
+    inputs = [*tensors(2, 3, 20, 8), torch.randn(20, 20)]
+    report = flashfuse.explain(Biased(), *inputs)
+    assert report.num_fused == 1 and report.ok
+    assert report.sites[0].program == "s*0.3 + arg_3[q, kv] else nan"

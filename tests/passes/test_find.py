@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _chosen(i: int, specimen: zoo.Specimen) -> list[str]:
-    """Every spelling under Dynamo and ``symbolic_trace``; exporting is slow: each dialect sees every fourth."""
+    """Every spelling under Dynamo and ``symbolic_trace``; exporting is slow, so every fourth is."""
     slow = ("export", "", "decomposed", "")[i % 4]
     return [c for c in specimen.captures if c in ("dynamo", "symbolic", slow) or specimen.captures == (c,)]
 
