@@ -58,6 +58,9 @@ def rewrite(
 ) -> tuple[fx.GraphModule, Report]:
     """Rewrite one ``fx.GraphModule`` from Dynamo, ``symbolic_trace`` or ``torch.export``.
 
+    Sizes that the graph does not know as symbols are those of its example values: a graph of
+    ``symbolic_trace`` is rewritten for the shapes of ``example_args``, and has no guard that says so.
+
     Args:
         gm: not changed.
         example_args: inputs of ``gm``, needed where its nodes do not know their shapes

@@ -228,6 +228,22 @@ def mask_written_to_between_use_and_product(q, k, v, mask):
     return weights @ v, mask
 
 
+@left("mask", "mutation", inputs=with_mask(B, 1, S, S), captures=("dynamo", "symbolic"))
+def mask_filled_through_another_view(q, k, v, mask):
+    scores = q @ k.transpose(-2, -1)
+    view = scores.view(B, H, S, S)
+    scores.masked_fill_(~mask, -INF)
+    return softmax(view) @ v
+
+
+@left("mask", "mutation", inputs=with_mask(B, 1, S, S), captures=("dynamo", "symbolic"))
+def mask_copied_over(q, k, v, mask):
+    mask = mask.clone()
+    weights = softmax((q @ k.transpose(-2, -1)).masked_fill(~mask, -INF))
+    mask[:, 0].copy_(mask[:, 0].flip(-1))
+    return weights @ v, mask
+
+
 @left("mask", "score_path", inputs=with_mask(B, H, S, S))
 def mask_in_the_place_of_the_scores(q, k, v, mask):
     scores = q @ k.transpose(-2, -1) * SCALE
