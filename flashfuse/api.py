@@ -115,7 +115,9 @@ def _each_graph(
     # Dynamo counts compilations by code object: a fresh one leaves the model's own compiled code alone,
     # and the limit must not end the search silently.
     fresh = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
-    with _undisturbed(model), torch._dynamo.config.patch(recompile_limit=1 << 20):
+    # Sizes that changed since an earlier call must not become symbolic: sites of known size are checked.
+    settings = {"recompile_limit": 1 << 20, "automatic_dynamic_shapes": False}
+    with _undisturbed(model), torch._dynamo.config.patch(settings):
         torch.compile(fresh, backend=collect)(*args, **kwargs)
 
 

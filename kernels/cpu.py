@@ -31,7 +31,7 @@ _CAUSAL = compare("<=", KV, Q)
 _ROWS = 256
 """Rows per call where a mask needs tiles; the kernel's own blocks shrink below 192."""
 
-_SHORT_ROW = 48
+_SHORT_ROW = 128
 """Keys per row below which the backward of the kernel loses exactness."""
 
 _FEWEST_COLUMNS = 16
