@@ -20,10 +20,7 @@ from flashfuse.kernels.codegen import LOG2E, CaptureType, Generated, capture_typ
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward
 from flashfuse.kernels.launch import Launch, Launches, launch, on_device
 from flashfuse.kernels.ops import BLOCK, empty_bhsd
-from flashfuse.kernels.spec import ScoreProgram
-
-_AVERAGE = ("mean", "uniform", "uniform_s")
-"""The modes whose dead rows are the average of v; they differ in the gradients."""
+from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram
 
 
 def forward(
@@ -194,9 +191,9 @@ class _Site:
         self.drop_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         self.precision = _precision(q.dtype)
         self.itemsize = q.element_size()
-        self.averages = program.dead_rows in _AVERAGE
+        self.averages = program.dead_rows in AVERAGING
         # "mean" without dropout has a closed form; otherwise dead rows take a pass of their own.
-        self.uniform = program.dead_rows in ("uniform", "uniform_s")
+        self.uniform = program.dead_rows in UNIFORM
         self.fits = [_fits(t) for t in tensors]
         self.strides = [
             _strides(t) if fits else _strides(t.contiguous())
