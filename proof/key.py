@@ -1,0 +1,149 @@
+"""What makes two sites the same to a check: a key of plain values.
+
+Two layers of a model share one proof only where the user's own nodes are alike, not where they were
+lifted to the same program: a fault of the lift would show in one original and not in the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashfuse.passes import dialect, nodes
+from flashfuse.passes.plan import Fuse
+from flashfuse.passes.region import AttentionRegion
+
+
+def cut_nodes(region: AttentionRegion) -> dict[fx.Node, str]:
+    """The tensors that the site starts from, named ``q k v`` and as the program names its captures.
+
+    A tensor that plays two parts has the name of the first.
+    """
+    parts = [("q", region.q.node), ("k", region.k.node), ("v", region.v.node)]
+    parts += [(name, region.scope.captures[name]) for name in region.program.captures]
+    cut: dict[fx.Node, str] = {}
+    for name, node in parts:
+        cut.setdefault(node, name)
+    return cut
+
+
+def site_nodes(region: AttentionRegion) -> Iterator[tuple[fx.Node, bool]]:
+    """The user's own nodes from the cut to the output, in graph order: ``(node, is_leaf)``.
+
+    Leaves are the cut, inputs and constants, sizes, and tensors of which only the sizes and the dtype
+    are read (``zeros_like(hidden)``): what made them is not part of the site.
+    """
+    leaves: set[fx.Node] = set(cut_nodes(region))
+    needed: set[fx.Node] = set()
+    measured: set[fx.Node] = set()
+    pending = [region.output]
+    while pending:
+        node = pending.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        if node in leaves or node.op in ("placeholder", "get_attr") or _is_size(node):
+            leaves.add(node)
+        elif _reads_sizes(node):
+            measured.update(node.all_input_nodes)
+        else:
+            pending += node.all_input_nodes
+    leaves |= measured - needed
+    for node in region.output.graph.nodes:
+        if node in needed or node in measured:
+            yield node, node in leaves
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(nodes.value(node), (int, torch.SymInt))
+
+
+def _reads_sizes(node: fx.Node) -> bool:
+    op = dialect.read(node)
+    return op is not None and (op.name.endswith("_like") or op.name.startswith("new_"))
+
+
+def site_key(plan: Fuse) -> tuple[Hashable, ...]:
+    """Equal for sites of which one check says all: original nodes, program, operands and kernels.
+
+    The names of nodes and captures do not count; sizes are compared by their text, so no guard is
+    added under dynamic shapes.
+    """
+    region, program = plan.region, plan.region.program
+    is_leaf = dict(site_nodes(region))
+    number: dict[fx.Node, int] = {}
+    described: list[Hashable] = []
+    for node in _by_use(region.output, is_leaf):
+        call = ("leaf",) if is_leaf[node] else _call(node, number)
+        described.append((*call, _value(nodes.value(node))))
+        number[node] = len(number)
+    # Where memory is written to, the order of the nodes has a meaning of its own.
+    written = any(dialect.writes(node) for node, leaf in is_leaf.items() if not leaf)
+    order = tuple(number[node] for node in is_leaf) if written else ()
+    operands = [(number.get(o.node), tuple(map(str, o.index))) for o in (region.q, region.k, region.v)]
+    captures = [number.get(region.scope.captures[name]) for name in program.captures]
+    ints = [_literal(nodes.value(region.scope.ints[name]), number) for name in program.ints]
+    return (
+        tuple(described), order, tuple(operands), tuple(captures), tuple(ints),
+        _unnamed(program.text, (*program.captures, *program.ints)), tuple(map(str, region.out_index)),
+        str(region.shape), region.dropout_p, plan.selection.variant.name,
+    )  # fmt: skip
+
+
+def _by_use(output: fx.Node, is_leaf: Mapping[fx.Node, bool]) -> dict[fx.Node, None]:
+    """Every node after what it uses, in an order that does not depend on the rest of the graph."""
+    ordered: dict[fx.Node, None] = {}
+    pending = [(output, False)]
+    while pending:
+        node, inputs_done = pending.pop()
+        if node in ordered:
+            continue
+        if inputs_done or is_leaf[node]:
+            ordered[node] = None
+            continue
+        pending.append((node, True))
+        pending += [(n, False) for n in reversed(node.all_input_nodes)]
+    return ordered
+
+
+def _unnamed(text: str, names: tuple[str, ...]) -> str:
+    """``text`` with its names numbered."""
+    numbers = {name: f"@{i}" for i, name in enumerate(names)}
+    return re.sub(r"\b[A-Za-z_]\w*", lambda found: numbers.get(found[0], found[0]), text)
+
+
+def _call(node: fx.Node, number: dict[fx.Node, int]) -> tuple[Hashable, ...]:
+    target: Hashable = node.target
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        assert owner is not None
+        module = owner.get_submodule(str(node.target))
+        target = (type(module), repr(module), module.training)
+    return node.op, target, _literal(node.args, number), _literal(node.kwargs, number)
+
+
+def _literal(x: Any, number: dict[fx.Node, int]) -> Hashable:
+    """An argument as a value that is equal only to itself: 0.0 is not −0.0, nor 1 True."""
+    if isinstance(x, fx.Node):
+        return "node", number[x]
+    if isinstance(x, (tuple, list)):
+        return (type(x).__name__, *(_literal(item, number) for item in x))
+    if isinstance(x, dict):
+        return ("dict", *((name, _literal(item, number)) for name, item in sorted(x.items())))
+    if isinstance(x, slice):
+        return ("slice", *(_literal(item, number) for item in (x.start, x.stop, x.step)))
+    return type(x).__name__, str(x) if isinstance(x, (torch.SymInt, torch.SymFloat)) else repr(x)
+
+
+def _value(example: Any) -> Hashable:
+    if isinstance(example, torch.Tensor):
+        strides = example.stride() if example.layout == torch.strided else ()
+        sizes = (*map(str, example.shape), "/", *map(str, strides))
+        return str(example.dtype), str(example.device), sizes
+    if isinstance(example, (tuple, list)):
+        return tuple(map(_value, example))
+    return str(example)
