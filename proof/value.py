@@ -29,13 +29,14 @@ Operand: TypeAlias = "Value | Tensor | int | float"
 
 @dataclass
 class Draw:
-    """One random choice of everything: fields, generator, hash key, constants, and what was met."""
+    """One random choice of everything: fields, hash key, generators, constants; and what was met."""
 
     p: int
     q: int
     g: int
-    generator: torch.Generator
     key: int
+    inputs: torch.Generator
+    others: torch.Generator
     constants: F.Constants
     uninterpreted: dict[str, None] = field(default_factory=dict)
     masks: dict[float, None] = field(default_factory=dict)
@@ -45,17 +46,18 @@ class Draw:
 
     @staticmethod
     def seeded(seed: int) -> Draw:
-        generator = torch.Generator().manual_seed(seed)
+        # Inputs must not depend on how many constants or maxima were met before they were drawn.
+        generator, others = (torch.Generator().manual_seed(n) for n in (seed, ~seed & 0xFFFFFFFF))
         p, q = F.PRIMES[seed % len(F.PRIMES)]
-        root, key = torch.randint(2, q, (2,), generator=generator).tolist()
+        root, key = torch.randint(2, q, (2,), generator=others).tolist()
         # Squares have order q, which is prime.
-        return Draw(p, q, root * root % p, generator, key, F.Constants(p, q, generator))
+        return Draw(p, q, root * root % p, key, generator, others, F.Constants(p, q, others))
 
     def random(self, sizes: Sequence[int]) -> Value:
         """Independent residues in both fields."""
         sizes = tuple(sizes)
-        p = F.random_residues(sizes, self.p, self.generator)
-        return Value(self, p, F.random_residues(sizes, self.q, self.generator))
+        p = F.random_residues(sizes, self.p, self.inputs)
+        return Value(self, p, F.random_residues(sizes, self.q, self.inputs))
 
     def value(self, x: Operand) -> Value:
         """A number or a real tensor as it is; see ``Value.added`` and ``Value.factor`` for huge ones."""
@@ -283,7 +285,7 @@ class Value:
         dims = sorted(d % self.p.ndim for d in (dims or range(self.p.ndim)))
         others = [d for d in range(self.p.ndim) if d not in dims]
         flat = self.map(lambda t: t.expand(self.p.shape).permute(*others, *dims).flatten(len(others)))
-        chance = torch.rand(flat.p.shape, generator=self.draw.generator, dtype=torch.float64)
+        chance = torch.rand(flat.p.shape, generator=self.draw.others, dtype=torch.float64)
         if flat.level is not None:
             nan = flat.level.isnan()
             top = torch.where(nan, math.inf, flat.level).amax(-1, keepdim=True)

@@ -1,0 +1,339 @@
+"""A plain model of the blockwise kernels, over field elements.
+
+What ``kernels/forward.py``, ``kernels/backward.py`` and the CPU variant have in common, without layout,
+precision or parallelism: a map of empty, full and partial blocks, a running maximum with rescaling,
+weights recomputed in the backward from the row statistics, delta, gradients summed over groups and
+broadcast axes, rows without a key.  With R the dropout keep-mask over 1 − p:
+
+    over blocks of keys:   l ← l·e^(m − m') + Σ e^(x − m')   acc ← acc·e^(m − m') + (e^(x − m') ∘ R) v
+    P = e^(x − m) / l       delta = do · out       dP = (do vᵀ) ∘ R
+    dX = P ∘ (dP − delta)   dS = dX · d score / d s      dq = dS k   dk = dSᵀ q   dv = (P ∘ R)ᵀ do
+
+The running maximum is a random number at the level of the highest score: nothing may depend on it.
+FlashAttention (Dao et al. 2022, algorithms 1, 2, 4; Dao 2023).
+
+Shapes: q dq [B, H, Sq, D], k dk [B, H_kv, Skv, D], v dv [B, H_kv, Skv, Dv], out do [B, H, Sq, Dv],
+m l delta [B, H, Sq, 1], keep [B, H, Sq, Skv], states [B or 1, H or 1, blocks of queries, blocks of keys].
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashfuse.kernels import expr as E
+from flashfuse.kernels.block_map import EMPTY, FULL
+from flashfuse.kernels.derivative import derivative
+from flashfuse.kernels.expr import Expr, S
+from flashfuse.kernels.spec import AVERAGING, ScoreProgram
+from flashfuse.proof.program import evaluate, truth
+from flashfuse.proof.value import Draw, Value
+
+Block = slice
+
+
+@dataclass
+class Tiled:
+    """One site: inputs, program, and the sizes of blocks.
+
+    Attributes:
+        captures, ints: in the order of ``program.captures`` and ``program.ints``.
+        states: which blocks are empty, partial or full; ``None`` where there is no mask.
+        blocks: rows and columns of a block.
+        sinks: [H], a logit for each head that only the sum sees.
+        dtype: in which the kernels compute scores.
+    """
+
+    q: Value
+    k: Value
+    v: Value
+    captures: Sequence[Value | Tensor]
+    ints: Sequence[int]
+    program: ScoreProgram
+    blocks: tuple[int, int]
+    states: Tensor | None = None
+    dropout_p: float = 0.0
+    keep: Tensor | None = None
+    sinks: Value | None = None
+    dtype: torch.dtype = torch.float32
+
+    # --- what both directions need --------------------------------------------------------------
+
+    @property
+    def draw(self) -> Draw:
+        return self.q.draw
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, H, Sq, Skv."""
+        return (*self.q.shape[:3], self.k.shape[2])
+
+    @functools.cached_property
+    def k_of_heads(self) -> Value:
+        return self.k.map(self.repeated)
+
+    @functools.cached_property
+    def v_of_heads(self) -> Value:
+        return self.v.map(self.repeated)
+
+    def repeated(self, t: Tensor) -> Tensor:
+        """Key and value heads for every query head: head h reads h // group."""
+        return t.repeat_interleave(self.q.shape[1] // t.shape[1], 1)
+
+    def of_key_heads(self, x: Value) -> Value:
+        """Gradients of the query heads of a group, summed."""
+        return x.map(lambda t: t.unflatten(1, (self.k.shape[1], -1))).sum((2,))
+
+    def tiles(self, length: int, block: int) -> Iterator[Block]:
+        return (slice(i, min(i + block, length)) for i in range(0, length, block))
+
+    def environment(self, rows: Block, columns: Block) -> dict[str, Any]:
+        b, h, q_len, kv_len = self.sizes
+        axes = (range(b), range(h), range(q_len)[rows], range(kv_len)[columns])
+        env: dict[str, Any] = {"Sq": q_len, "Skv": kv_len}
+        for axis, (name, values) in enumerate(zip(E.INDEX_VARS, axes, strict=True)):
+            env[name] = torch.tensor(list(values)).view([-1 if d == axis else 1 for d in range(4)])
+        env |= dict(zip(self.program.captures, self.captures, strict=True))
+        return env | dict(zip(self.program.ints, self.ints, strict=True))
+
+    def products(self, rows: Block, columns: Block) -> Value:
+        """q kᵀ of a tile."""
+        k = self.k_of_heads.map(lambda t: t[:, :, columns].transpose(-1, -2))
+        return self.q.map(lambda t: t[:, :, rows]) @ k
+
+    def evaluated(self, e: Expr, env: dict[str, Any]) -> Value:
+        found = self.draw.value(evaluate(e, env, self.draw, self.dtype))
+        shape = torch.broadcast_shapes(found.shape, env["s"].shape)
+        return found.map(lambda t: t.expand(shape))
+
+    def allowed(self, rows: Block, columns: Block) -> Tensor | None:
+        """Where a tile attends, as the block map has it; ``None`` where no block of it is visited."""
+        b, h, _, _ = self.sizes
+        shape = (b, h, rows.stop - rows.start, columns.stop - columns.start)
+        if self.program.mask is None:
+            return torch.ones(shape, dtype=torch.bool)
+        if self.states is None:
+            return self.mask(rows, columns).expand(shape)
+        state = self.states[:, :, rows.start // self.blocks[0], columns.start // self.blocks[1], None, None]
+        if bool((state == EMPTY).all()):
+            return None
+        full = state == FULL
+        partial = full if bool(full.all()) else full | self.mask(rows, columns)
+        return (partial & (state != EMPTY)).expand(shape)
+
+    def mask(self, rows: Block, columns: Block) -> Tensor:
+        assert self.program.mask is not None
+        return truth(evaluate(self.program.mask, self.environment(rows, columns), self.draw, self.dtype))
+
+    def kept(self, x: Value, rows: Block, columns: Block) -> Value:
+        """x ∘ R."""
+        if not self.dropout_p:
+            return x
+        assert self.keep is not None
+        return self.drop_scaled(x.where(self.keep[:, :, rows, columns], 0))
+
+    def drop_scaled(self, x: Value) -> Value:
+        return x / self.draw.value(1 - self.dropout_p)
+
+    # --- forward --------------------------------------------------------------------------------
+
+    def forward(self) -> tuple[Value, Value, Value]:
+        """(out, m, l); l is 0 in a row without a key."""
+        parts = [self.forward_rows(rows) for rows in self.tiles(self.sizes[2], self.blocks[0])]
+        out, m, l = (_concatenated(x) for x in zip(*parts, strict=True))
+        return self.dead_rows_out(out, l), m, l
+
+    def forward_rows(self, rows: Block) -> tuple[Value, Value, Value]:
+        b, h, _, kv_len = self.sizes
+        lead = (b, h, rows.stop - rows.start)
+        m, l = self.start(lead)
+        acc = self.zeros((*lead, self.v.shape[-1]))
+        for columns in self.tiles(kv_len, self.blocks[1]):
+            allowed = self.allowed(rows, columns)
+            if allowed is None:
+                continue
+            env = self.environment(rows, columns) | {"s": self.products(rows, columns)}
+            x = self.evaluated(self.program.score, env).where(allowed, -math.inf)
+            top = self.highest(m, x)
+            weights, rescale = self.weights(x, top), self.weights(m, top)
+            l = l * rescale + weights.sum((-1,), True)
+            v = self.v_of_heads.map(lambda t, columns=columns: t[:, :, columns])
+            acc = acc * rescale + self.kept(weights, rows, columns) @ v
+            m = top
+        used = l.where(l.p != 0, 1)
+        return acc / used, m, l
+
+    def start(self, lead: tuple[int, ...]) -> tuple[Value, Value]:
+        """m and l before the first key: −∞ and 0, or the sink's."""
+        if self.sinks is None:
+            return self.zeros((*lead, 1)).where(torch.zeros((), dtype=torch.bool), -math.inf), self.zeros(
+                (*lead, 1)
+            )
+        sinks = self.sinks.map(lambda t: t[:, None, None].expand(*lead, 1))
+        return sinks, self.zeros((*lead, 1)) + 1
+
+    def zeros(self, sizes: Sequence[int]) -> Value:
+        zero = torch.zeros(tuple(sizes), dtype=torch.int64)
+        return Value(self.draw, zero, zero)
+
+    def highest(self, m: Value, x: Value) -> Value:
+        """A new maximum: any number, at the highest level met."""
+        level = torch.zeros(m.shape, dtype=torch.float64) if m.level is None else m.level
+        here = torch.zeros((), dtype=torch.float64) if x.level is None else x.level.amax(-1, keepdim=True)
+        fresh = torch.randint(1, self.draw.q, (2, *m.shape), generator=self.draw.others)
+        return Value(self.draw, fresh[0], fresh[1], torch.maximum(level, here))
+
+    def weights(self, x: Value, m: Value) -> Value:
+        """e^(x − m); while a row has seen no key, 0 stands for its maximum."""
+        none = torch.zeros((), dtype=torch.bool) if m.level is None else m.level == -math.inf
+        return (x - m.where(~none, 0)).rounded(self.dtype).exp()
+
+    def dead_rows_out(self, out: Value, l: Value) -> Value:
+        dead = l.p == 0
+        if not bool(dead.any()):
+            return out
+        everything = (slice(0, self.sizes[2]), slice(0, self.sizes[3]))
+        if self.program.dead_rows in AVERAGING:
+            return (self.kept(self.uniform_weights(), *everything) @ self.v_of_heads).where(dead, out)
+        return out.where(~dead, math.nan if self.program.dead_rows == "nan" else 0)
+
+    def uniform_weights(self) -> Value:
+        b, h, q_len, kv_len = self.sizes
+        return (self.zeros((b, h, q_len, kv_len)) + 1) / kv_len
+
+    # --- backward -------------------------------------------------------------------------------
+
+    def backward(self, do: Value, out: Value, m: Value, l: Value) -> list[Value | None]:
+        """[dq, dk, dv, a gradient for each capture (``None`` for integers), that of the sinks last]."""
+        dead = l.p == 0
+        delta = self.delta(do, out)
+        if delta.level is not None:
+            # A row that the mode made NaN has weights of 0, which must still give 0.
+            delta = delta.where(~dead, 0)
+        rows = [*self.tiles(self.sizes[2], self.blocks[0])]
+        columns = [*self.tiles(self.sizes[3], self.blocks[1])]
+        dq, dk, dv = (self.zeros(x.shape) for x in (self.q, self.k, self.v))
+        dcaptures = {n: self.zeros(c.shape) for n, c in self.float_captures.items()}
+        parts = [(r, c, False) for r in rows for c in columns]
+        if self.program.dead_rows in AVERAGING and bool(dead.any()):
+            parts.append((slice(0, self.sizes[2]), slice(0, self.sizes[3]), True))
+        for r, c, uniform in parts:
+            found = self.backward_tile(r, c, do, delta, m, l, dead, uniform)
+            if found is None:
+                continue
+            ds, dx, weights, env = found
+            scatter = functools.partial(_placed, self.draw)
+            dq = dq + scatter(dq, r, ds @ self.k_of_heads.map(lambda t, c=c: t[:, :, c]))
+            q = self.q.map(lambda t, r=r: t[:, :, r])
+            dk = dk + scatter(dk, c, self.of_key_heads(_transposed(ds) @ q))
+            do_rows = do.map(lambda t, r=r: t[:, :, r])
+            dv = dv + scatter(dv, c, self.of_key_heads(_transposed(self.kept(weights, r, c)) @ do_rows))
+            if not (uniform and self.program.dead_rows == "uniform_s"):
+                self.add_capture_gradients(dcaptures, dx, env)
+        if self.program.dead_rows == "nan" and bool(dead.any()):
+            any_dead = self.of_key_heads(self.draw.value(dead.long()).sum((2,), True)).p != 0
+            dv = dv.where(~any_dead, math.nan)
+        grads = [dcaptures.get(name) for name in self.program.captures]
+        return [dq, dk, dv, *grads, None if self.sinks is None else self.sink_gradient(delta, m, l)]
+
+    def delta(self, do: Value, out: Value) -> Value:
+        return (do * out).sum((-1,), True)
+
+    def backward_tile(
+        self, r: Block, c: Block, do: Value, delta: Value, m: Value, l: Value, dead: Tensor, uniform: bool
+    ) -> tuple[Value, Value, Value, dict[str, Any]] | None:
+        """(dS, dX, P, what the program saw) of a tile; ``uniform``: of dead rows, which attend alike."""
+        allowed = torch.ones((), dtype=torch.bool) if uniform else self.allowed(r, c)
+        if allowed is None:
+            return None
+        env = self.environment(r, c) | {"s": self.products(r, c)}
+        x = self.evaluated(self.program.score, env)
+        row = lambda v: v.map(lambda t: t[:, :, r])  # noqa: E731
+        if uniform:
+            weights = self.uniform_weights().where(dead, 0)
+        else:
+            normal = row(l).where(~dead[:, :, r], 1)
+            weights = (self.weights(x.where(allowed, -math.inf), row(m)) / normal).where(~dead[:, :, r], 0)
+        v = self.v_of_heads.map(lambda t: t[:, :, c].transpose(-1, -2))
+        dp = self.kept(row(do) @ v, r, c)
+        dx = weights * (dp - row(delta))
+        if uniform and self.program.dead_rows == "mean":
+            dx = dx * 0
+        ds = (dx * self.evaluated(derivative(self.program.score, S), env)).where(allowed, 0)
+        return ds, dx, weights, env
+
+    @property
+    def float_captures(self) -> dict[str, Value]:
+        named = zip(self.program.captures, self.captures, strict=True)
+        return {n: c for n, c in named if isinstance(c, Value)}
+
+    def add_capture_gradients(self, totals: dict[str, Value], dx: Value, env: dict[str, Any]) -> None:
+        """d capture += Σ dX · d score / d load, at the place that was loaded."""
+        for load in {n for n in E.walk(self.program.score) if n.op == "load" and n.args[0] in totals}:
+            name = load.args[0]
+            grad = dx * self.evaluated(derivative(self.program.score, load), env)
+            places = [torch.as_tensor(evaluate(i, env, self.draw, self.dtype)) for i in load.operands]
+            at = torch.broadcast_tensors(*places, grad.p)[:-1]
+            total = totals[name]
+            added = total.p.index_put(at, grad.p, accumulate=True) % self.draw.p
+            totals[name] = Value(self.draw, added)
+
+    def sink_gradient(self, delta: Value, m: Value, l: Value) -> Value:
+        assert self.sinks is not None
+        sinks = self.sinks.map(lambda t: t[:, None, None].expand(*self.sizes[:3], 1))
+        return -(self.weights(sinks, m) / l * delta).sum((0, 2, 3))
+
+
+def _transposed(x: Value) -> Value:
+    return x.map(lambda t: t.transpose(-1, -2))
+
+
+def _concatenated(parts: Sequence[Value]) -> Value:
+    q = None if any(x.q is None for x in parts) else torch.cat([x.q for x in parts], 2)  # type: ignore[misc]
+    levels = [torch.zeros(x.shape).double() if x.level is None else x.level.expand(x.shape) for x in parts]
+    return Value(parts[0].draw, torch.cat([x.p for x in parts], 2), q, torch.cat(levels, 2))
+
+
+def _placed(draw: Draw, like: Value, rows: Block, x: Value) -> Value:
+    """``x`` as rows of a tensor shaped like another, 0 elsewhere."""
+
+    def place(t: Tensor) -> Tensor:
+        whole = t.new_zeros(like.shape)
+        whole[:, :, rows] = t
+        return whole
+
+    return x.map(place)
+
+
+def weights_by_definition(site: Tiled) -> Value:
+    """P [B, H, Sq, Skv], all at once: the softmax over the keys that the mask allows."""
+    everything = (slice(0, site.sizes[2]), slice(0, site.sizes[3]))
+    env = site.environment(*everything) | {"s": site.products(*everything)}
+    x = site.evaluated(site.program.score, env)
+    if site.program.mask is not None:
+        x = x.where(site.mask(*everything), -math.inf)
+    if site.sinks is not None:
+        x = _with_sinks(x, site.sinks)
+    weights = x.softmax(-1, dead_rows_are_zero=True)
+    if site.sinks is not None:
+        weights = weights.map(lambda t: t[..., :-1])
+    level = torch.zeros(()) if x.level is None else x.level.expand(x.shape)
+    dead = (level == -math.inf).expand(x.shape).all(-1, keepdim=True)
+    if site.program.dead_rows in AVERAGING:
+        return site.uniform_weights().where(dead, weights)
+    return weights.where(~dead, math.nan) if site.program.dead_rows == "nan" else weights
+
+
+def _with_sinks(x: Value, sinks: Value) -> Value:
+    column = sinks.map(lambda t: t[:, None, None].expand(*x.shape[:-1], 1))
+    assert x.q is not None and column.q is not None
+    level = None
+    if x.level is not None:
+        level = torch.cat([x.level.expand(x.shape), torch.zeros(column.shape).double()], -1)
+    return Value(x.draw, torch.cat([x.p, column.p], -1), torch.cat([x.q, column.q], -1), level)
