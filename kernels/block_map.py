@@ -49,8 +49,8 @@ def build(
     return _compacted(states), _compacted(states.transpose(-1, -2))
 
 
-def block_count(length: int) -> int:
-    return (length + BLOCK - 1) // BLOCK
+def block_count(length: int, block: int = BLOCK) -> int:
+    return (length + block - 1) // block
 
 
 def leading_sizes(program: ScoreProgram, sizes: tuple[int, int, int, int]) -> tuple[int, int]:
@@ -74,35 +74,41 @@ def block_states(
     device: torch.device,
     sizes: tuple[int, int, int, int],
     program: ScoreProgram,
+    blocks: tuple[int, int] = (BLOCK, BLOCK),
 ) -> Tensor:
-    """EMPTY, PARTIAL or FULL per block, [Bm, Hm, nq, nkv] int8, by plain PyTorch."""
+    """EMPTY, PARTIAL or FULL per block, [Bm, Hm, nq, nkv] int8, by plain PyTorch.
+
+    ``blocks`` is the size of a block in queries and in keys.
+    """
     assert program.mask is not None
     lead = leading_sizes(program, sizes)
-    nq, nkv = block_count(sizes[2]), block_count(sizes[3])
+    counts = nq, nkv = block_count(sizes[2], blocks[0]), block_count(sizes[3], blocks[1])
     env = environment(program, captures, ints, (*lead, *sizes[2:]), device)
-    for name, axis, blocks, size in (("q", 2, nq, sizes[2]), ("kv", 3, nkv, sizes[3])):
+    for axis, name in ((2, "q"), (3, "kv")):
+        count, block, size = counts[axis - 2], blocks[axis - 2], sizes[axis]
         shape = [1, 1, 1, 1]
-        shape[axis] = blocks
-        start = torch.arange(blocks, device=device).view(shape) * BLOCK
-        env[f"{name}0"], env[f"{name}1"] = start, (start + BLOCK - 1).clamp(max=size - 1)
-        shape[axis] = blocks * BLOCK
-        env[name] = torch.arange(blocks * BLOCK, device=device).clamp(max=size - 1).view(shape)
+        shape[axis] = count
+        start = torch.arange(count, device=device).view(shape) * block
+        env[f"{name}0"], env[f"{name}1"] = start, (start + block - 1).clamp(max=size - 1)
+        shape[axis] = count * block
+        env[name] = torch.arange(count * block, device=device).clamp(max=size - 1).view(shape)
     shape4 = (*lead, nq, nkv)
     if needs_elements(program.mask):
-        allowed = _per_block(program.mask, env, lead, nq, nkv)
+        allowed = _per_block(program.mask, env, lead, counts, blocks)
         full, some = allowed.amin(-1) != 0, allowed.amax(-1) != 0
     else:
         kinds = {n: _kind(t) for n, t in zip(program.captures, captures, strict=True)}
         block = bounds(program.mask, kinds)
         for i, source in enumerate(block.ranges):
             used = variables(source)
-            values = _per_block(source, env, lead, nq if "q" in used else 0, nkv if "kv" in used else 0)
+            needed = (nq if "q" in used else 0, nkv if "kv" in used else 0)
+            values = _per_block(source, env, lead, needed, blocks)
             nan = values.isnan() if values.is_floating_point() else None
             env[f"lo{i}"] = (values if nan is None else values.masked_fill(nan, -torch.inf)).amin(-1)
             env[f"hi{i}"] = (values if nan is None else values.masked_fill(nan, torch.inf)).amax(-1)
         full = torch.as_tensor(evaluate(block.full, env), device=device).bool()
         some = torch.as_tensor(evaluate(block.some, env), device=device).bool()
-    inside = torch.arange(1, nkv + 1, device=device) * BLOCK <= sizes[3]
+    inside = torch.arange(1, nkv + 1, device=device) * blocks[1] <= sizes[3]
     state = torch.where(full & inside, FULL, torch.where(some | full, PARTIAL, EMPTY))
     return state.to(torch.int8).expand(shape4)
 
@@ -111,10 +117,12 @@ def _kind(t: Tensor) -> str:
     return "bool" if t.dtype == torch.bool else "float" if t.is_floating_point() else "int"
 
 
-def _per_block(e: Expr, env: dict[str, Value], lead: tuple[int, int], nq: int, nkv: int) -> Tensor:
+def _per_block(
+    e: Expr, env: dict[str, Value], lead: tuple[int, int], counts: tuple[int, int], blocks: tuple[int, int]
+) -> Tensor:
     """Values of ``e`` with the elements of each block last; an axis of 0 blocks has size 1."""
     values = torch.as_tensor(evaluate(e, env))
     values = values.int() if values.dtype == torch.bool else values
-    values = values.expand(*lead, max(nq * BLOCK, 1), max(nkv * BLOCK, 1))
-    tiles = values.reshape(*lead, max(nq, 1), BLOCK if nq else 1, max(nkv, 1), BLOCK if nkv else 1)
+    (nq, bq), (nkv, bkv) = ((n, b) if n else (1, 1) for n, b in zip(counts, blocks, strict=True))
+    tiles = values.expand(*lead, nq * bq, nkv * bkv).reshape(*lead, nq, bq, nkv, bkv)
     return tiles.transpose(-3, -2).flatten(-2)

@@ -2,14 +2,350 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from flashfuse.kernels import expr as E
+from flashfuse.kernels.spec import ScoreProgram
+from flashfuse.passes import nodes
 from flashfuse.passes.plan import Fuse
+from flashfuse.passes.region import AttentionRegion
+from flashfuse.passes.rewrite import Emitter
 from flashfuse.proof.certificate import Certificate, NotProvable
+from flashfuse.proof.key import cut_nodes, site_nodes
+from flashfuse.proof.run import Env, Runner
+from flashfuse.proof.shrink import Shrink, shrink, unchanged
+from flashfuse.proof.tensor import FieldTensor, bits_of
+from flashfuse.proof.tiled import Tiled
+from flashfuse.proof.value import ABSORBED, Draw, Value
+
+DRAWS = 2
+MAX_UNSHRUNK = 1 << 16
+"""Scores of a site that is proved at its own sizes where smaller ones do not work."""
 
 
-def prove_site(plan: Fuse) -> Certificate:
-    """The certificate of one planned site.
+@dataclass(frozen=True)
+class Replacement:
+    """The emitted nodes: ``graph`` has a placeholder for each node of the site that it reads."""
+
+    graph: fx.Graph
+    inputs: Mapping[fx.Node, fx.Node]
+    output: fx.Node
+
+
+def prove_site(plan: Fuse, seed: int = 0, draws: int = DRAWS) -> Certificate:
+    """Compares the user's nodes of a site with its replacement as emitted, forward and backward.
+
+    Both are run on the same random field elements; each draw has its own primes, inputs, masks and block
+    sizes.  The operator itself is run as ``tiled.Tiled``.
 
     Raises:
-        NotProvable: an operation of the site has no meaning over a field.
+        NotProvable: an operation of the site has no meaning over a field, or the site could not be
+            run at smaller sizes and is too large at its own.
     """
-    raise NotProvable("proofs are not implemented")
+    with unset_fake_temporarily():
+        return prove_replacement(plan.region, emitted(plan), seed, draws)
+
+
+def emitted(plan: Fuse) -> Replacement:
+    """The replacement of a site in a graph of its own, by the emitter that rewrites models."""
+    region, graph = plan.region, fx.Graph()
+    wanted = [*cut_nodes(region), *(n for n in region.output.graph.nodes if _is_symbol(n))]
+    here: dict[fx.Node, fx.Node] = {}
+    for node in wanted:
+        if node not in here:
+            here[node] = graph.placeholder(node.name)
+            here[node].meta["val"] = nodes.value(node)
+    variant = plan.selection.variant
+    output = Emitter(graph).site(region.mapped(here), variant.name, variant.needs_block_map)
+    return Replacement(graph, here, output)
+
+
+def _is_symbol(node: fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(nodes.value(node), torch.SymInt)
+
+
+def prove_replacement(
+    region: AttentionRegion,
+    replacement: Replacement,
+    seed: int = 0,
+    draws: int = DRAWS,
+    model: type[Tiled] = Tiled,
+) -> Certificate:
+    """As ``prove_site``, for any replacement and any model of the kernels."""
+    started = time.perf_counter()
+    site = dict(site_nodes(region))
+    problem = "it is too large to be proved at its own sizes"
+    for attempt in range(2):
+        sizes = shrink(region.shape, region.program, tuple(site), seed) if attempt == 0 else unchanged(site)
+        if attempt and not _is_small(region):
+            break
+        try:
+            comparisons = [
+                _Comparison(region, replacement, site, sizes, seed + i, model) for i in range(draws)
+            ]
+            found = [c.run() for c in comparisons]
+        except NotProvable:
+            raise
+        except Exception as error:
+            # A number was read as a size that is none, or the other way round.
+            problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            continue
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        return _certificate(region, sizes, comparisons, found, elapsed_ms)
+    raise NotProvable(f"the site does not run at smaller sizes: {problem}")
+
+
+def _is_small(region: AttentionRegion) -> bool:
+    s = region.shape
+    sizes = (s.batch, s.num_q_heads, s.q_len, s.kv_len)
+    return all(isinstance(n, int) for n in sizes) and math.prod(sizes) <= MAX_UNSHRUNK
+
+
+# --- one draw -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What one draw compared, and the first difference."""
+
+    names: list[str]
+    elements: int
+    difference: str
+    wider: list[str]
+
+
+class _Comparison:
+    """One draw of fields, inputs and block sizes for a site and its replacement."""
+
+    def __init__(
+        self,
+        region: AttentionRegion,
+        replacement: Replacement,
+        site: Mapping[fx.Node, bool],
+        sizes: Shrink,
+        seed: int,
+        model: type[Tiled],
+    ) -> None:
+        self.region, self.replacement, self.site, self.sizes = region, replacement, site, sizes
+        self.seed = seed
+        self.draw = Draw.seeded(seed)
+        lengths = (sizes(region.shape.q_len), sizes(region.shape.kv_len))
+        # Two or three blocks each way, the last one usually not full.
+        blocks = [self.random(max(1, -(-n // 3)), max(1, -(-n // 2)) + 1) for n in lengths]
+        self.runner = Runner(self.draw, sizes, (blocks[0], blocks[1]), model)
+        self.names = cut_nodes(region)
+        self.not_compared = 0
+
+    def random(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=self.draw.inputs))
+
+    def run(self) -> Found:
+        inputs = {node: self.input(node) for node, leaf in self.site.items() if leaf}
+        inputs |= {n: self.input(n) for n in self.replacement.inputs if n not in inputs}
+        leaves = {n: x for n, x in inputs.items() if isinstance(x, FieldTensor)}
+        draw = self.draw
+        with torch.inference_mode(False), torch.enable_grad():
+            out = self.runner.run(self.site, dict(inputs))
+            original = self.with_gradients(out, leaves)
+            before, draw.precision = draw.precision, {}
+            env: Env = {here: inputs[node] for node, here in self.replacement.inputs.items()}
+            ours = self.with_gradients(self.runner.run(self.replacement.graph.nodes, env), leaves)
+        wider, narrower = self.compared_precision(before, draw.precision)
+        differences = [f"{n} narrower: {text}" for n, text in narrower]
+        names, elements = [], 0
+        for name, a, b in self.pairs(original, ours, list(leaves)):
+            if a is None and b is None:
+                continue
+            count, difference = self.compared(name, a, b)
+            names.append(name)
+            elements += count
+            differences += [difference] if difference else []
+        return Found(names, elements, differences[0] if differences else "", wider)
+
+    def with_gradients(
+        self, out: Any, leaves: Mapping[fx.Node, FieldTensor]
+    ) -> tuple[FieldTensor, list[FieldTensor | None]]:
+        """The output, and what a fixed random ``do`` gives each input."""
+        if not isinstance(out, FieldTensor):
+            raise NotProvable("the output does not depend on the inputs")
+        generator = torch.Generator().manual_seed(self.seed)
+        p = torch.randint(1, self.draw.p, out.shape, generator=generator)
+        do = FieldTensor.of(Value(self.draw, p), out.dtype, {})
+        if not out.requires_grad:
+            return out, [None] * len(leaves)
+        grads = torch.autograd.grad(out, list(leaves.values()), do, allow_unused=True)
+        return out, list(grads)
+
+    def pairs(self, original: Any, ours: Any, leaves: Sequence[fx.Node]) -> Any:
+        yield "out", original[0], ours[0]
+        for node, a, b in zip(leaves, original[1], ours[1], strict=True):
+            yield f"d{self.names.get(node, node.name)}", a, b
+
+    # --- inputs ---------------------------------------------------------------------------------
+
+    def input(self, node: fx.Node) -> Any:
+        """Random field elements for reals; real random conditions and integers."""
+        example = nodes.value(node)
+        if not isinstance(example, Tensor):
+            return self.sizes(example) if isinstance(example, (int, torch.SymInt)) else example
+        if nodes.tensor(node) is None or example.is_complex():
+            raise NotProvable(f"`{node.name}` is not a dense real tensor")
+        shape = tuple(self.sizes(n) for n in nodes.shape(node))
+        expanded = [stride == 0 for stride in map(nodes.size_of, example.stride())]
+        own = tuple(1 if e else n for n, e in zip(shape, expanded, strict=True))
+        if example.is_floating_point():
+            name = self.names.get(node, node.name)
+            via = {name: bits_of(example.dtype)}
+            made = FieldTensor.of(_laid_out(self.draw.random(own), example), example.dtype, via)
+            return made.requires_grad_().expand(shape) if any(expanded) else made.requires_grad_()
+        if example.dtype == torch.bool:
+            return self.conditions(own).expand(shape)
+        return self.integers(node, own).to(example.dtype).expand(shape)
+
+    def conditions(self, shape: tuple[int, ...]) -> Tensor:
+        """Rows of conditions: some, none and all true in turn."""
+        drawn = torch.rand(shape, generator=self.draw.inputs) < 0.6
+        if not shape:
+            return drawn
+        rows = drawn.view(-1, shape[-1])
+        rows[:, 0] &= torch.rand(len(rows), generator=self.draw.inputs) < 0.5
+        shift = self.seed
+        for i in range(len(rows)):
+            kind = (i + shift) % 3 if len(rows) > 1 else 0
+            if kind:
+                rows[i] = kind == 2
+        return drawn
+
+    def integers(self, node: fx.Node, shape: tuple[int, ...]) -> Tensor:
+        """Positions where the program compares or indexes with them, else zeros and ones."""
+        name = self.names.get(node)
+        if name is not None and _is_position(self.region.program, name):
+            return torch.randint(0, self.sizes(self.region.shape.kv_len), shape, generator=self.draw.inputs)
+        return self.conditions(shape).long()
+
+    # --- comparison -----------------------------------------------------------------------------
+
+    def compared(self, name: str, a: FieldTensor | None, b: FieldTensor | None) -> tuple[int, str]:
+        """How many elements were compared, and the first that differs."""
+        present = a if a is not None else b
+        assert present is not None
+        if a is not None and b is not None and (a.shape != b.shape or a.dtype != b.dtype):
+            return 0, f"{name} is {_described(b)} instead of {_described(a)}"
+        zero = Value(self.draw, torch.zeros(present.shape, dtype=torch.int64))
+        x, y = (zero if t is None else t.value for t in (a, b))
+        nan_x, nan_y = _is_nan(x), _is_nan(y)
+        skipped = (
+            nan_x if name != "out" and self.region.program.dead_rows == "nan" else torch.zeros_like(nan_x)
+        )
+        same = ((x.p == y.p) & ~nan_x & ~nan_y) | (nan_x & nan_y) | skipped
+        self.not_compared += int(skipped.sum())
+        if bool(same.all()):
+            return int((~skipped).sum()), ""
+        wrong = (~same).nonzero()
+        at = ", ".join(map(str, wrong[0].tolist()))
+        return same.numel(), f"{name}[{at}] differs, as do {len(wrong)} of {same.numel()} elements of {name}"
+
+    def compared_precision(
+        self, original: Mapping[str, tuple[int, int]], ours: Mapping[str, tuple[int, int]]
+    ) -> tuple[list[str], list[tuple[str, str]]]:
+        """Inputs that we read in a wider dtype than the original, and in a narrower one."""
+        wider, narrower = [], []
+        for name, own in ours.items():
+            theirs = original.get(name, own)
+            text = f"{_dtype_of(own)} instead of {_dtype_of(theirs)}"
+            if own[0] < theirs[0] or own[1] < theirs[1]:
+                narrower.append((name, text))
+            elif own != theirs:
+                wider.append(f"{name}: {text}")
+        return wider, narrower
+
+
+def _described(t: FieldTensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+def _dtype_of(bits: tuple[int, int]) -> str:
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    found = next((d for d in dtypes if bits_of(d) == bits), None)
+    return (
+        str(found).removeprefix("torch.") if found else f"{bits[0]} bits of mantissa, {bits[1]} of exponent"
+    )
+
+
+def _is_nan(v: Value) -> Tensor:
+    if v.level is None:
+        return torch.zeros(v.shape, dtype=torch.bool)
+    return v.level.isnan().expand(v.shape)
+
+
+def _laid_out(value: Value, example: Tensor) -> Value:
+    """``value`` with its dimensions in the order in memory that those of ``example`` have."""
+    strides = [nodes.size_of(s) for s in example.stride()]
+    if not all(isinstance(s, int) for s in strides):
+        return value
+    order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+    back = [order.index(d) for d in range(len(order))]
+    return value.map(lambda t: t.permute(order).contiguous().permute(back))
+
+
+def _is_position(program: ScoreProgram, name: str) -> bool:
+    """Whether a captured integer is compared with something or used as an index."""
+    parents = [n for e in (program.score, program.mask) if e is not None for n in E.walk(e)]
+    parents = [n for n in parents if n.op in E.COMPARISONS or n.op in ("load", "+", "*", "//", "%")]
+    return any(child.op == "load" and child.args[0] == name for n in parents for child in n.operands)
+
+
+# --- the certificate ----------------------------------------------------------------------------
+
+
+def _certificate(
+    region: AttentionRegion,
+    sizes: Shrink,
+    comparisons: Sequence[_Comparison],
+    found: Sequence[Found],
+    elapsed_ms: float,
+) -> Certificate:
+    draws = [c.draw for c in comparisons]
+    difference = next((f.difference for f in found if f.difference), "")
+    kv_len = sizes(region.shape.kv_len)
+    assumptions = [*_absorbed(draws, region)]
+    if any(c.not_compared for c in comparisons):
+        assumptions.append("gradients that are NaN in the original are not compared")
+    return Certificate(
+        ok=not difference,
+        compared=tuple(dict.fromkeys(n for f in found for n in f.names)),
+        primes=tuple((d.p, d.q) for d in draws),
+        seeds=tuple(c.seed for c in comparisons),
+        elements=sum(f.elements for f in found),
+        # An element is a fraction of polynomials with a few terms for each key (Schwartz–Zippel).
+        failure_bound=math.prod(8 * kv_len / d.q for d in draws),
+        sizes=_sizes(region, sizes),
+        uninterpreted=tuple(dict.fromkeys(name for d in draws for name in d.uninterpreted)),
+        masks=tuple(dict.fromkeys(f"{c:.4g}" for d in draws for c in d.masks if math.isfinite(c))),
+        casts=tuple(dict.fromkeys(text for f in found for text in f.wider)),
+        assumptions=tuple(assumptions),
+        difference=difference,
+        elapsed_ms=elapsed_ms,
+    )
+
+
+def _absorbed(draws: Sequence[Draw], region: AttentionRegion) -> list[str]:
+    """Masks beside which large scores would still be seen in a row without a key."""
+    constants = dict.fromkeys(c for d in draws for c in d.masks if abs(c) < 1e30)
+    return [f"scores below {ABSORBED:.0f} are lost beside {c:.4g}" for c in constants]
+
+
+def _sizes(region: AttentionRegion, sizes: Shrink) -> str:
+    s = region.shape
+    names = ("batch", "num_q_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim")
+    smaller = str(dataclasses.replace(s, **{name: sizes(getattr(s, name)) for name in names}))
+    return smaller if smaller == str(s) else f"{smaller.rpartition(' ')[0]} standing for {s}"

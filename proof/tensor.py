@@ -537,6 +537,6 @@ def _adds_up(name: str) -> Rule:
     return run
 
 
-for _name in ("cumsum", "index_put", "_index_put_impl", "index_add", "scatter_add"):
+for _name in ("cumsum", "index_put", "_index_put_impl", "index_add", "scatter_add", "scatter"):
     RULES[_name] = _adds_up(_name)
     _KEEPS_DTYPE.add(_name)

@@ -1,0 +1,229 @@
+"""Runs graphs on field elements: the user's nodes as they are, and the emitted ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from flashfuse.kernels.block_map import EMPTY, PARTIAL, block_states
+from flashfuse.kernels.spec import ScoreProgram
+from flashfuse.passes import dialect, nodes
+from flashfuse.proof import field as F
+from flashfuse.proof.certificate import NotProvable
+from flashfuse.proof.shrink import Shrink
+from flashfuse.proof.tensor import FieldTensor
+from flashfuse.proof.tiled import Tiled, weights_by_definition
+from flashfuse.proof.value import Draw, Value
+
+Env = dict[fx.Node, Any]
+
+
+@dataclass
+class Runner:
+    """Evaluates nodes under one draw and one mapping of sizes.
+
+    Attributes:
+        blocks: rows and columns of a block in the model of the kernels.
+        model: that model; tests put broken ones in its place.
+    """
+
+    draw: Draw
+    shrink: Shrink
+    blocks: tuple[int, int]
+    model: type[Tiled] = Tiled
+
+    def run(self, graph_nodes: Iterable[fx.Node], env: Env) -> Any:
+        """Adds every node's value to ``env``; returns the last one."""
+        result: Any = None
+        for node in graph_nodes:
+            if node not in env:
+                env[node] = self.node(node, env)
+            result = env[node]
+        return result
+
+    def node(self, node: fx.Node, env: Env) -> Any:
+        """The value of one node; under autocast its arguments are cast as the example value says."""
+        args, kwargs = (
+            fx.node.map_aggregate(
+                self.shrink.literals(node, x), lambda a: env[a] if isinstance(a, fx.Node) else a
+            )
+            for x in (node.args, node.kwargs)
+        )
+        args, kwargs = _on_cpu(args), _on_cpu(kwargs)
+        call = self.meaning(node, env)
+        result = call(*args, **kwargs)
+        example = nodes.value(node)
+        if isinstance(result, FieldTensor) and isinstance(example, Tensor) and result.dtype != example.dtype:
+            cast = lambda t: t.to(example.dtype)  # noqa: E731
+            args, kwargs = (_cast_floats(x, cast) for x in (args, kwargs))
+            result = call(*args, **kwargs).to(example.dtype)
+        return result
+
+    def meaning(self, node: fx.Node, env: Env) -> Callable[..., Any]:
+        """What the node calls."""
+        op = dialect.read(node)
+        if op is not None and op.name in ("dropout", "native_dropout"):
+            rate = op.get("p", 0.5) if op.args.get("training", op.args.get("train")) is not False else 0.0
+            return lambda *_, **__: self.dropped(env[op.input], rate, op.name == "native_dropout")
+        if op is not None and op.name == "scaled_dot_product_attention":
+            return lambda *_, **__: self.sdpa(op, env)
+        if node.target is torch.ops.flashfuse.attention.default:
+            return self.attention
+        if node.target is torch.ops.flashfuse.block_map.default:
+            return self.block_map
+        if node.target is torch.randint:
+            return lambda *_, **__: None  # the seed: which keys are dropped is an input here
+        if node.op == "call_method":
+            return getattr(Tensor, str(node.target))  # type: ignore[no-any-return]
+        if node.op == "call_module":
+            owner = node.graph.owning_module
+            assert owner is not None
+            return owner.get_submodule(str(node.target))
+        assert callable(node.target)
+        return node.target
+
+    # --- what is not run as PyTorch runs it -----------------------------------------------------
+
+    def dropped(self, x: FieldTensor, rate: float, pair: bool) -> Any:
+        """Dropout, where an element is kept by a hash of itself: alike in original and replacement."""
+        if not isinstance(x, FieldTensor):
+            raise NotProvable("dropout of something that is no score")
+        if not rate:
+            return (x, torch.ones(x.shape, dtype=torch.bool)) if pair else x
+        keep = self.keep(x.value, rate)
+        result = torch.where(keep, x / (1 - rate), 0.0)
+        return (result, keep) if pair else result
+
+    def keep(self, weights: Value, rate: float) -> Tensor:
+        """Which weights dropout keeps."""
+        if rate >= 1:
+            raise NotProvable("dropout of everything")
+        return (F.mix(weights.p, self.draw.key + 1) & 0xFFFF) >= round(rate * 0x10000)
+
+    def sdpa(self, op: dialect.Op, env: Env) -> FieldTensor:
+        """``scaled_dot_product_attention`` by its documented definition."""
+        given = {name: env[x] if isinstance(x, fx.Node) else x for name, x in op.args.items()}
+        q, k, v = (given[name] for name in ("query", "key", "value"))
+        if given.get("enable_gqa"):
+            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        scale = given.get("scale")
+        if scale is None:
+            # Of the sizes that the site has in the model.
+            width = nodes.shape(op.args["query"])[-1]
+            scale = (width if isinstance(width, int) else self.shrink(width)) ** -0.5
+        scores = q @ k.transpose(-2, -1) * scale
+        mask = given.get("attn_mask")
+        if given.get("is_causal"):
+            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+            scores = scores.masked_fill(~allowed, -math.inf)
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -math.inf)
+        elif mask is not None:
+            scores = scores + mask.to(scores.dtype)
+        weights = torch.ops.aten._safe_softmax(scores, -1)
+        return self.dropped(weights, given.get("dropout_p") or 0.0, False) @ v  # type: ignore[no-any-return]
+
+    def attention(
+        self,
+        q: FieldTensor,
+        k: FieldTensor,
+        v: FieldTensor,
+        captures: Sequence[Any],
+        ints: Sequence[int],
+        maps: Sequence[Tensor],
+        seed: None,
+        program: str,
+        dropout_p: float,
+        variant: str,
+    ) -> tuple[FieldTensor, None]:
+        """The fused operator, run as the model of the blockwise kernels."""
+        smaller = self.shrink.program(ScoreProgram.parse(program))
+        for role, bits in {r: b for x in (q, k, v, *captures) for r, b in _precision(x).items()}.items():
+            self.draw.precision[role] = bits
+        site = self.model(
+            q.value, k.value, v.value,
+            [c.value if isinstance(c, FieldTensor) else c for c in captures],
+            ints, smaller, self.blocks, maps[0] if maps else None, dropout_p,
+            dtype=torch.float64 if q.dtype == torch.float64 else torch.float32,
+        )  # fmt: skip
+        if site.states is None and smaller.mask is not None:
+            mask = smaller.mask_program
+            named = dict(zip(smaller.captures, captures, strict=True))
+            numbers = dict(zip(smaller.ints, ints, strict=True))
+            site.states = self.block_map(
+                [named[n] for n in mask.captures], [numbers[n] for n in mask.ints], q, *site.sizes, mask
+            )[0]
+        if dropout_p:
+            site.keep = self.keep(weights_by_definition(site), dropout_p)
+        return _Attention.apply(site, q.dtype, q, k, v, *captures), None  # type: ignore[no-untyped-call]
+
+    def block_map(
+        self, captures: Any, ints: Any, like: Any, B: int, H: int, Sq: int, Skv: int, mask: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The states of the blocks, as the kernels classify them, twice: by rows and by columns."""
+        program = self.shrink.program(ScoreProgram.parse(mask)) if isinstance(mask, str) else mask
+        if any(isinstance(c, FieldTensor) for c in captures):
+            # A condition on real numbers is uninterpreted here, so intervals say nothing.
+            counts = (-(-Sq // self.blocks[0]), -(-Skv // self.blocks[1]))
+            states = torch.full((1, 1, *counts), PARTIAL, dtype=torch.int8)
+        else:
+            device = torch.device("cpu")
+            states = block_states(captures, ints, device, (B, H, Sq, Skv), program, self.blocks)
+        assert EMPTY == 0
+        return states, states.transpose(-1, -2)
+
+
+class _Attention(torch.autograd.Function):
+    """Forward and backward of the model, seen by PyTorch as one operation."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, site: Tiled, dtype: torch.dtype, *tensors: Any
+    ) -> FieldTensor:
+        ctx.site, ctx.dtype = site, dtype
+        out, ctx.m, ctx.l = site.forward()
+        ctx.out = out
+        ctx.wanted = [isinstance(t, FieldTensor) for t in tensors]
+        ctx.dtypes = [t.dtype for t in tensors]
+        return FieldTensor.of(out, dtype, {})
+
+    @staticmethod
+    def backward(ctx: Any, do: FieldTensor) -> tuple[Any, ...]:  # type: ignore[override]
+        *grads, _ = ctx.site.backward(do.value, ctx.out, ctx.m, ctx.l)
+        made = [
+            FieldTensor.of(g, dtype, {}) if wanted and g is not None else None
+            for g, wanted, dtype in zip(grads, ctx.wanted, ctx.dtypes, strict=True)
+        ]
+        return None, None, *made
+
+
+def _precision(x: Any) -> Mapping[str, tuple[int, int]]:
+    return x._cell.via if isinstance(x, FieldTensor) else {}
+
+
+def _on_cpu(x: Any) -> Any:
+    """Devices in arguments; field elements live in main memory."""
+    if isinstance(x, torch.device):
+        return torch.device("cpu")
+    if isinstance(x, str) and x.partition(":")[0] == "cuda":
+        return "cpu"
+    if isinstance(x, (tuple, list)):
+        return type(x)(_on_cpu(item) for item in x)
+    if isinstance(x, dict):
+        return {name: _on_cpu(item) for name, item in x.items()}
+    return x
+
+
+def _cast_floats(x: Any, cast: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return cast(x)
+    if isinstance(x, (tuple, list)):
+        return type(x)(_cast_floats(item, cast) for item in x)
+    if isinstance(x, dict):
+        return {name: _cast_floats(item, cast) for name, item in x.items()}
+    return x

@@ -1,0 +1,286 @@
+"""Smaller sizes under which a site keeps its structure.
+
+A proof needs no 4096 keys.  Every number of a site that is a size or a position is replaced by a
+smaller one, the same everywhere: in the shapes of its inputs, the literals of the user's nodes, those
+of the emitted ones, and the index arithmetic of the program.  What must stay true is read off the
+graph: products (a reshape), sums (a concatenation), order, and small differences; 0 to 7 stay as they
+are.  That the shrunk nodes still run, and to the expected shape, is checked by running them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from flashfuse.kernels import expr as E
+from flashfuse.kernels.expr import Expr, const
+from flashfuse.kernels.spec import AttentionShape, ScoreProgram
+from flashfuse.passes import dialect, nodes
+from flashfuse.passes.nodes import Size
+
+KEPT = 8
+"""Numbers below stay; they are often not sizes but axes, steps or counts."""
+NEAR = 7
+"""Differences up to this are kept exactly."""
+GAP = 3
+"""What larger differences become."""
+
+_VALUES = (
+    dialect.ARITHMETIC
+    | dialect.COMPARISON.keys()
+    | {"where", "masked_fill", "clamp", "clamp_min", "clamp_max"}
+)
+"""Operations whose numbers are positions only where their tensors are integers."""
+_FILLS = {"full", "new_full", "full_like", "tensor", "scalar_tensor", "fill"}
+
+
+@dataclass
+class Shrink:
+    """A mapping of sizes and positions.
+
+    Attributes:
+        small: what batch, heads and head dimensions become; they only occur in shapes.
+        products, sums: number → the numbers that it is made of.
+        positions: all other numbers, in order.
+        symbols: symbolic size → what was drawn for it.
+        kept: numbers that cannot change.
+    """
+
+    small: dict[int, int]
+    products: dict[int, tuple[int, ...]]
+    sums: dict[int, tuple[int, ...]]
+    positions: tuple[int, ...]
+    symbols: dict[sympy.Symbol, int]
+    kept: set[int] = field(default_factory=set)
+    _known: dict[int, int] = field(default_factory=dict)
+
+    def __call__(self, size: Any) -> int:
+        """What ``size`` (an integer, a symbolic size or an expression of sizes) becomes."""
+        size = nodes.size_of(size) if isinstance(size, torch.SymInt) else size
+        if isinstance(size, sympy.Expr):
+            if size.is_Integer:
+                return self(int(size))
+            if size in self.symbols:
+                return self.symbols[size]
+            return int(size.func(*(self(a) for a in size.args)))
+        if size < 0:
+            return -self(-size)
+        if size < KEPT or size in self.kept:
+            return size
+        if size not in self._known:
+            self._known[size] = self._new(size)
+        return self._known[size]
+
+    def _new(self, n: int) -> int:
+        if n in self.small:
+            return self.small[n]
+        if n in self.products:
+            return math.prod(map(self, self.products[n]))
+        if n in self.sums:
+            return sum(map(self, self.sums[n]))
+        below = max((m for m in self.positions if m < n), default=KEPT - 1)
+        base = below if below < KEPT else self(below)
+        return base + (n - below if n - below <= NEAR else GAP)
+
+    def literals(self, node: fx.Node, value: Any) -> Any:
+        """The arguments of ``node``, by place or by name, with sizes and positions replaced."""
+        op = dialect.read(node)
+        name = op.name if op is not None else ""
+        if name in ("tensor", "scalar_tensor") or (name in _VALUES and not _is_integral(node)):
+            return value
+        keeps = name in _FILLS
+        if isinstance(value, dict):
+            return {key: x if keeps and type(x) is int else self._mapped(x) for key, x in value.items()}
+        return tuple(x if keeps and type(x) is int else self._mapped(x) for x in value)
+
+    def _mapped(self, x: Any) -> Any:
+        if type(x) is int:
+            return self(x)
+        if isinstance(x, (tuple, list)):
+            return type(x)(map(self._mapped, x))
+        if isinstance(x, slice):
+            return slice(*map(self._mapped, (x.start, x.stop, x.step)))
+        return x
+
+    def program(self, program: ScoreProgram) -> ScoreProgram:
+        """The same program over the smaller indices."""
+        mask = None if program.mask is None else self._indices(program.mask)
+        return ScoreProgram(self._indices(program.score), mask, program.dead_rows)
+
+    def _indices(self, e: Expr, inside: bool = False) -> Expr:
+        """``e`` with the constants of its index arithmetic replaced."""
+        if e.is_const:
+            return const(self(e.value)) if inside and type(e.value) is int else e
+        if not e.operands:
+            return e
+        integral = E.is_integral(e) and not E.is_bool(e) and bool(E.variables(e))
+        compares = e.op in E.COMPARISONS and all(E.is_integral(a) and not E.is_bool(a) for a in e.operands)
+        inside = e.op == "load" or compares or (integral and e.op != "where")
+        args = (self._indices(a, inside) if isinstance(a, Expr) else a for a in e.args)
+        return Expr(e.op, *args)
+
+
+def _is_integral(node: fx.Node) -> bool:
+    tensors = [t for t in map(nodes.tensor, (node, *node.all_input_nodes)) if t is not None]
+    return not any(t.is_floating_point() for t in tensors)
+
+
+def shrink(shape: AttentionShape, program: ScoreProgram, site: Sequence[fx.Node], seed: int) -> Shrink:
+    """A mapping for the site made of the nodes ``site``; ``seed`` draws symbolic sizes."""
+    products, sums = dict(_products(shape, site)), dict(_sums(site))
+    numbers = {n for node in site for n in _numbers(node)} | set(_constants(program))
+    lengths = {n for n in (shape.q_len, shape.kv_len) if isinstance(n, int)}
+    small = {n: m for n, m in _small(shape, site).items() if n not in lengths}
+    rest = sorted(n for n in numbers | lengths if n >= KEPT and n not in small and n not in products)
+    for n in rest:
+        found = _as_sum(n, rest) if n not in sums else None
+        if found is not None:
+            sums[n] = found
+    positions = tuple(n for n in rest if n not in sums)
+    kept: set[int] = set()
+    while True:
+        made = Shrink(small, products, sums, positions, _drawn(shape, site, seed), kept)
+        broken = [
+            {n, *parts}
+            for table, total in ((products, math.prod), (sums, sum))
+            for n, parts in table.items()
+            if made(n) != total(map(made, parts))
+        ]
+        if not broken:
+            return made
+        kept |= set().union(*broken)
+
+
+def _small(shape: AttentionShape, site: Sequence[fx.Node]) -> dict[int, int]:
+    """Batch, heads and head dimensions become 2 or 3, unless the graph computes with sizes."""
+    wanted = [(shape.batch, 2), (shape.num_kv_heads, 3)]
+    if isinstance(shape.num_q_heads, int) and isinstance(shape.num_kv_heads, int):
+        wanted.append((shape.gqa_group, 3))
+    if not any(isinstance(nodes.value(n), int) for n in site):
+        wanted += [(shape.head_dim, 3), (shape.v_head_dim, 3 if shape.head_dim == shape.v_head_dim else 2)]
+    return {n: m for n, m in reversed(wanted) if isinstance(n, int) and n >= KEPT}
+
+
+def _drawn(shape: AttentionShape, site: Sequence[fx.Node], seed: int) -> dict[sympy.Symbol, int]:
+    """Random values for symbolic sizes, all different; longer ones for the lengths."""
+    found: dict[sympy.Symbol, None] = {}
+    for node in site:
+        sizes = nodes.shape(node) if nodes.tensor(node) is not None else (_number(node),)
+        for size in sizes:
+            if isinstance(size, sympy.Expr):
+                found.update(dict.fromkeys(sorted(size.free_symbols, key=str)))
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [s for s in (shape.q_len, shape.kv_len) if isinstance(s, sympy.Expr)]
+    drawn: dict[sympy.Symbol, int] = {}
+    for symbol in found:
+        long = any(symbol in s.free_symbols for s in lengths)
+        choice = [n for n in (range(9, 13) if long else range(2, 6)) if n not in drawn.values()]
+        drawn[symbol] = choice[int(torch.randint(len(choice), (), generator=generator))] if choice else 7
+    return drawn
+
+
+def _number(node: fx.Node) -> Any:
+    example = nodes.value(node)
+    return nodes.size_of(example) if isinstance(example, (int, torch.SymInt)) else 0
+
+
+def _numbers(node: fx.Node) -> Iterator[int]:
+    """Sizes of a node's tensor, and its literals."""
+    if nodes.tensor(node) is not None:
+        yield from (n for n in nodes.shape(node) if isinstance(n, int))
+    op = dialect.read(node)
+    if op is not None and op.name in _VALUES and not _is_integral(node):
+        return
+    yield from _integers((node.args, node.kwargs))
+
+
+def _integers(x: Any) -> Iterator[int]:
+    if isinstance(x, bool):
+        return
+    if isinstance(x, int):
+        yield abs(x)
+    elif isinstance(x, (tuple, list)):
+        for item in x:
+            yield from _integers(item)
+    elif isinstance(x, dict):
+        yield from _integers(tuple(x.values()))
+    elif isinstance(x, slice):
+        yield from _integers((x.start, x.stop, x.step))
+
+
+def _constants(program: ScoreProgram) -> Iterator[int]:
+    """The integers of the program; those that are no positions do no harm."""
+    for e in (program.score, program.mask):
+        for n in E.walk(e) if e is not None else ():
+            if n.is_const and type(n.value) is int:
+                yield abs(n.value)
+
+
+def _products(shape: AttentionShape, site: Iterable[fx.Node]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Numbers that a reshape takes apart or puts together."""
+    for node in site:
+        op = dialect.read(node)
+        if op is None or op.name not in ("view", "reshape", "flatten", "unflatten", "reshape_as"):
+            continue
+        yield from _regrouped(nodes.shape(op.input), nodes.shape(node))
+    heads = (shape.num_q_heads, shape.num_kv_heads)
+    if all(isinstance(n, int) for n in heads) and heads[0] != heads[1]:
+        yield heads[0], (heads[1], shape.gqa_group)
+
+
+def _regrouped(a: Sequence[Size], b: Sequence[Size]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The dimensions of one shape that several of the other make up."""
+    i = j = 0
+    while i < len(a) and j < len(b):
+        left, right = [a[i]], [b[j]]
+        i, j = i + 1, j + 1
+        while not nodes.same(nodes.product(left), nodes.product(right)):
+            x, y = nodes.product(left), nodes.product(right)
+            grow_left = isinstance(x, int) and isinstance(y, int) and x < y
+            if grow_left and i < len(a):
+                left.append(a[i])
+                i += 1
+            elif not grow_left and j < len(b) and isinstance(x, int) and isinstance(y, int):
+                right.append(b[j])
+                j += 1
+            else:
+                return
+        for whole, parts in ((left, right), (right, left)):
+            factors = tuple(n for n in parts if isinstance(n, int) and n != 1)
+            if len(whole) == 1 and len(factors) > 1 and isinstance(whole[0], int):
+                yield whole[0], factors
+
+
+def _sums(site: Iterable[fx.Node]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Numbers that a concatenation adds up."""
+    for node in site:
+        op = dialect.read(node)
+        if op is None or op.name != "cat":
+            continue
+        shapes = [nodes.shape(t) for t in op.args["tensors"] if len(nodes.shape(t)) > 1]
+        for d, whole in enumerate(nodes.shape(node)):
+            parts = tuple(s[d] for s in shapes if len(s) > d)
+            if isinstance(whole, int) and whole >= KEPT and parts and whole not in parts:
+                numbers = tuple(n for n in parts if isinstance(n, int))
+                if sum(numbers) == whole and len(numbers) == len(parts):
+                    yield whole, numbers
+
+
+def _as_sum(n: int, numbers: Sequence[int]) -> tuple[int, ...] | None:
+    """``n`` as the sum of two of the numbers, or next to one: the 2S − 1 of relative positions."""
+    for i, a in enumerate(numbers):
+        for b in numbers[i:]:
+            if b < n and abs(n - a - b) <= 1:
+                return (a, b, n - a - b) if n != a + b else (a, b)
+    return None
+
+
+def unchanged(site: Iterable[fx.Node]) -> Shrink:
+    """The mapping that changes nothing, for static sizes."""
+    return Shrink({}, {}, {}, (), {}, kept={n for node in site for n in _numbers(node)})
