@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,44 +13,75 @@ import torch._dynamo
 from torch import fx
 
 from flashfuse import pipeline
-from flashfuse.checker import check_graph
+from flashfuse.footprint import PeakMemory, undisturbed
+from flashfuse.numbers import check_graph
 from flashfuse.options import Options
 from flashfuse.report import CheckItem, ModelCheck, Report
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def _silent(step: str) -> None:
+    """Nobody wants to know."""
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, on_step: Callable[[str], None] = _silent, **kwargs: Any
+) -> Report:
     """What FlashFuse would do with ``model(*args, **kwargs)``; nothing is compiled or changed.
 
-    The model runs once, traced by Dynamo.  Every fused site is compared with the original on random
-    and hostile inputs, and every graph on its own inputs (outputs and gradients, dropout taken out).
+    The model runs once, traced by Dynamo.  Every site is proved, and compared with the original on
+    random and hostile inputs; every graph is compared on its own inputs (outputs and gradients,
+    dropout taken out).  ``on_step`` is told what is being done.
 
     Returns:
         One report of all graphs that Dynamo made.
     """
+    reports, check = _examine(model, args, kwargs, Options(verify="full"), True, on_step)
+    return pipeline.merged(reports, check=dataclasses.replace(check, sites=()))
+
+
+def verify(
+    model: Callable[..., Any],
+    *args: Any,
+    backward: bool = True,
+    options: Mapping[str, Any] | None = None,
+    on_step: Callable[[str], None] = _silent,
+    **kwargs: Any,
+) -> ModelCheck:
+    """Prove every site of ``model(*args, **kwargs)``, and compare the whole model with its rewrite.
+
+    The rule for the numbers, outputs and, with ``backward``, gradients: our error against float64 ≤
+    2 × the original's error against float64, plus rounding.  Random state, parameters, buffers, modes
+    and gradients of the model stay as they are.
+
+    Args:
+        options: ``verify`` (default ``proof``; ``full`` adds numbers for each site) and ``repro``, as
+            for the backend.
+        on_step: is told what is being done.
+    """
+    chosen = Options.read({"verify": "proof", **(options or {})})
+    return _examine(model, args, kwargs, chosen, backward, on_step)[1]
+
+
+def _examine(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Options,
+    backward: bool,
+    on_step: Callable[[str], None],
+) -> tuple[list[Report], ModelCheck]:
+    """The report of each graph, and one check of all."""
     found: list[tuple[Report, ModelCheck]] = []
 
     def look(original: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        rewritten, report = pipeline.run(original, Options(verify="full"))
-        found.append((report, check_graph(original, rewritten, inputs, backward=True)))
+        rewritten, report = pipeline.run(original, options, on_step)
+        on_step("comparing the whole model")
+        found.append((report, check_graph(original, rewritten, inputs, backward)))
 
-    _each_graph(model, args, kwargs, look)
-    return pipeline.merged([r for r, _ in found], check=_merged_checks([c for _, c in found]))
-
-
-def verify(model: Callable[..., Any], *args: Any, backward: bool = True, **kwargs: Any) -> ModelCheck:
-    """Compare ``model(*args, **kwargs)`` with its rewrite: outputs and, with ``backward``, gradients.
-
-    The rule: our error against float64 ≤ 2 × the original's error against float64, plus rounding.
-    Random state, parameters, buffers and gradients of the model stay as they are.
-    """
-    found: list[ModelCheck] = []
-
-    def look(original: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        rewritten, _ = pipeline.run(original, Options())
-        found.append(check_graph(original, rewritten, inputs, backward))
-
-    _each_graph(model, args, kwargs, look)
-    return _merged_checks(found)
+    with PeakMemory() as peak:
+        _each_graph(model, args, kwargs, look)
+    reports = [report for report, _ in found]
+    return reports, _merged_checks(reports, [check for _, check in found], peak.bytes)
 
 
 def rewrite(
@@ -65,7 +96,7 @@ def rewrite(
         gm: not changed.
         example_args: inputs of ``gm``, needed where its nodes do not know their shapes
             (``symbolic_trace``).
-        options: ``verify`` as for the backend.
+        options: ``verify`` and ``repro`` as for the backend.
 
     Raises:
         TypeError: ``gm`` is no ``fx.GraphModule``.
@@ -117,29 +148,19 @@ def _each_graph(
     fresh = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
     # Sizes that changed since an earlier call must not become symbolic: sites of known size are checked.
     settings = {"recompile_limit": 1 << 20, "automatic_dynamic_shapes": False}
-    with _undisturbed(model), torch._dynamo.config.patch(settings):
+    with undisturbed(model, args, kwargs), torch._dynamo.config.patch(settings):
         torch.compile(fresh, backend=collect)(*args, **kwargs)
 
 
-@contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
-    """Random state and buffers as before."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
-
-
-def _merged_checks(checks: Sequence[ModelCheck]) -> ModelCheck:
+def _merged_checks(reports: Sequence[Report], checks: Sequence[ModelCheck], peak: int) -> ModelCheck:
     if not checks:
         note = "Dynamo traced no graph, so nothing was compared"
-        nothing = CheckItem("graph", math.inf, 0.0, 0.0, False, note)
-        return ModelCheck(False, (nothing,))
-    items: tuple[CheckItem, ...] = tuple(i for c in checks for i in c.items)
-    peak = max((c.peak_bytes or 0 for c in checks), default=0)
-    return ModelCheck(all(c.ok for c in checks), items, peak or None)
+        return ModelCheck(False, (CheckItem("graph", math.inf, 0.0, 0.0, False, note),))
+    return ModelCheck(
+        ok=all(c.ok for c in checks) and all(r.ok for r in reports),
+        items=tuple(i for c in checks for i in c.items),
+        sites=tuple(site for r in reports for site in r.sites),
+        notes=tuple(dict.fromkeys(note for c in checks for note in c.notes)),
+        peak_bytes=peak,
+        proof_ms=sum(r.proof_ms for r in reports),
+    )

@@ -83,7 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify",
         help="only the check: exit code 0 if all is equal, 1 if something differs",
-        description="Check outputs and gradients of the rewritten model against float64.",
+        description="Prove every site, and check outputs and gradients of the whole model against float64.",
+    )
+    verify.add_argument("--full", action="store_true", help="also run each site on hostile inputs")
+    verify.add_argument(
+        "--repro", metavar="FOLDER", type=Path, help="put a runnable file for each site that differs there"
     )
     for command in (explain, verify):
         _add_options(command)
@@ -128,8 +132,8 @@ def _explain(options: argparse.Namespace) -> int:
     loaded, inputs = _load(options, progress)
     _show(out, loaded.description, "bold")
     _show(out, _inputs_line(inputs, options.train), "dim")
-    with progress.step("looking for attention, checking sites and the whole model"):
-        report: Report = flashfuse.explain(loaded.model, **inputs)
+    with progress.step("looking for attention, checking sites and the whole model") as say:
+        report: Report = flashfuse.explain(loaded.model, on_step=say, **inputs)
     _show(out, "")
     _show(out, report)
     bench = None
@@ -152,8 +156,11 @@ def _verify(options: argparse.Namespace) -> int:
     loaded, inputs = _load(options, progress)
     _show(out, loaded.description, "bold")
     _show(out, _inputs_line(inputs, options.train), "dim")
-    with progress.step("checking outputs and gradients against float64"):
-        check: ModelCheck = flashfuse.verify(loaded.model, backward=True, **inputs)
+    chosen = {"verify": "full" if options.full else "proof", "repro": options.repro}
+    with progress.step("proving sites, checking outputs and gradients against float64") as say:
+        check: ModelCheck = flashfuse.verify(
+            loaded.model, backward=True, options=chosen, on_step=say, **inputs
+        )
     if not check.items:
         raise RuntimeError("nothing was compared: Dynamo made no graph of this model")
     _show(out, check)
@@ -188,6 +195,8 @@ def _open(options: argparse.Namespace) -> tuple[Console, _Progress]:
 
     if options.json is not None:
         _check_writable(options.json)
+    if getattr(options, "repro", None) is not None:
+        _check_folder(options.repro)
     options.device = _device(options.device)
     # Advice of the libraries to their own developers; what concerns the user is in the report.
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\.")
@@ -258,6 +267,17 @@ def _check_writable(path: Path) -> None:
     except OSError as error:
         raise UsageError(
             f"--json {path}: cannot be written ({error.strerror}), choose another place"
+        ) from error
+
+
+def _check_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--repro {path}: no files can be put there ({error.strerror}), choose another folder"
         ) from error
 
 

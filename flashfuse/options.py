@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-Verify = Literal["off", "full"]
+Verify = Literal["proof", "full", "off"]
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,17 @@ class Options:
     Attributes:
         inner: the backend that compiles the rewritten graph: ``inductor``, ``aot_eager``, ``eager``,
             or any name that ``torch._dynamo.list_backends`` knows.
-        verify: ``full`` compares every site with the original on the real kernels when the graph is
-            compiled, and leaves those that differ; ``off`` does not.
+        verify: what is asked of a site before it is rewritten.  ``proof``: a proof over finite fields,
+            and numbers on the real kernels only where there is none; ``full``: both; ``off``: nothing.
+            A site that does not pass is left as it was.
+        repro: a folder that gets a runnable file for each site that differs from the original.
         mode: Inductor's ``mode``.
         inductor: options passed on to Inductor.
     """
 
     inner: Any = "inductor"
     verify: Verify = "off"
+    repro: Path | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -36,9 +41,12 @@ class Options:
         """
         rest = dict(options or {})
         inner = rest.pop("inner", "inductor")
-        verify = rest.pop("verify", "off")
+        verify = rest.pop("verify", Options.verify)
+        repro = rest.pop("repro", None)
         if verify not in get_args(Verify):
             raise ValueError(f"expected verify to be one of {', '.join(get_args(Verify))}, got {verify!r}")
+        if repro is not None and not isinstance(repro, (str, os.PathLike)):
+            raise ValueError(f"expected repro to be the path of a folder, got {repro!r}")
         if isinstance(inner, str):
             import torch._dynamo
 
@@ -48,15 +56,15 @@ class Options:
         elif not callable(inner):
             raise ValueError(f"expected inner to be the name of a backend or a callable, got {inner!r}")
         if rest and inner != "inductor":
-            raise ValueError(f"unknown option {next(iter(rest))!r}; expected inner or verify")
+            raise ValueError(f"unknown option {next(iter(rest))!r}; expected inner, verify or repro")
         if rest:
             from torch._inductor import config
 
             unknown = [name for name in rest if name.replace("-", "_") not in config.shallow_copy_dict()]
             if unknown:
                 raise ValueError(
-                    f"unknown option {unknown[0]!r}; expected inner, verify, or an option of Inductor"
+                    f"unknown option {unknown[0]!r}; expected inner, verify, repro, or an option of Inductor"
                 )
         if mode is not None and inner != "inductor":
             raise ValueError(f"mode={mode!r} is Inductor's; the inner compiler is {inner!r}")
-        return Options(inner, verify, mode, rest)
+        return Options(inner, verify, None if repro is None else Path(repro), mode, rest)

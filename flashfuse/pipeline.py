@@ -1,14 +1,14 @@
 """The pipeline, on one screen.
 
-``find_regions`` lifts and analyses every site, ``plan`` decides, ``rewrite`` emits, ``check_site``
-compares, and the report says what came of it.  Stages are plain functions of values; the input graph
+``find_regions`` lifts and analyses every site, ``plan`` decides, ``SiteChecker`` proves or compares,
+``rewrite`` emits, and the report says what came of it.  Stages are plain functions of values; the input graph
 is never changed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import fx
 
@@ -22,40 +22,50 @@ from flashfuse.passes.rewrite import copy_graph_module, rewrite
 from flashfuse.report import Report, SiteCheck, SiteReport
 
 
-def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Report]:
+def run(
+    gm: fx.GraphModule, options: Options, on_step: Callable[[str], None] = lambda text: None
+) -> tuple[fx.GraphModule, Report]:
     """Rewrite ``gm``; returns the new module (``gm`` itself where nothing was fused) and the report.
 
     Graphs inside the graph (activation checkpointing, autocast regions) are rewritten too.
+    ``on_step`` is told what is being checked.
     """
-    clock = time.perf_counter
-    started = clock()
+    started = time.perf_counter()
+    checker = None
+    if options.verify != "off":
+        checker = SiteChecker(options.verify, options.repro, on_step)
+    new, sites = _run(gm, checker)
+    proof_ms, numbers_ms = (checker.proof_ms, checker.numbers_ms) if checker is not None else (0.0, 0.0)
+    report = Report(
+        sites=sites,
+        graph_name=type(gm).__name__,
+        num_nodes_before=len(gm.graph.nodes),
+        num_nodes_after=len(new.graph.nodes),
+        pass_ms=(time.perf_counter() - started) * 1e3 - proof_ms - numbers_ms,
+        proof_ms=proof_ms,
+        numbers_ms=numbers_ms,
+    )
+    return new, report
+
+
+def _run(gm: fx.GraphModule, checker: SiteChecker | None) -> tuple[fx.GraphModule, tuple[SiteReport, ...]]:
     new = copy_graph_module(gm)
     nodes.name_in_place_results(new.graph)
     plans = plan(find_regions(new.graph))
-    checker = SiteChecker() if options.verify == "full" else None
     checks: dict[str, SiteCheck] = {}
     if checker is not None:
-        before = clock()
         plans, checks = checker.check_all(plans)
-        started += clock() - before
     plans = rewrite(new, plans)
     sites = [site_report(p, checks.get(p.region.name if isinstance(p, Fuse) else p.site.name)) for p in plans]
     changed = any(isinstance(p, Fuse) for p in plans)
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule):
-            new_child, inner = run(child, options)
-            sites += inner.sites
+            new_child, inner = _run(child, checker)
+            sites += inner
             if new_child is not child:
                 setattr(new, name, new_child)
                 changed = True
-    report = Report(
-        sites=tuple(sites),
-        graph_name=type(gm).__name__,
-        num_nodes_before=len(gm.graph.nodes),
-        num_nodes_after=len(new.graph.nodes),
-        pass_ms=(clock() - started) * 1e3,
-    )
-    return (new if changed else gm), report
+    return (new if changed else gm), tuple(sites)
 
 
 def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
@@ -108,5 +118,7 @@ def merged(reports: Sequence[Report], **fields: object) -> Report:
         num_nodes_after=sum(r.num_nodes_after for r in reports),
         warnings=tuple(w for r in reports for w in r.warnings),
         pass_ms=sum(r.pass_ms for r in reports),
+        proof_ms=sum(r.proof_ms for r in reports),
+        numbers_ms=sum(r.numbers_ms for r in reports),
         **fields,  # type: ignore[arg-type]
     )

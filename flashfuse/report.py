@@ -20,11 +20,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from flashfuse.kernels.spec import AttentionShape, Reason
+from flashfuse.kernels.spec import AVERAGING, AttentionShape, Reason
 from flashfuse.passes.plan import Cost
+from flashfuse.proof.certificate import Certificate
 
 __all__ = [
     "AttentionShape",
+    "Certificate",
     "CheckItem",
     "Cost",
     "ModelCheck",
@@ -62,25 +64,48 @@ class CheckItem:
 
 @dataclass(frozen=True)
 class SiteCheck:
-    """The original site against its replacement."""
+    """The original site against its replacement.
+
+    Attributes:
+        ok: nothing that ran found a difference.
+        items: numbers on the real kernels, where they were asked for or there is no proof.
+        proof: the certificate, ``None`` where there is none.
+        not_proved: why there is no proof.
+        not_compared: why there are no numbers although they were asked for.
+    """
 
     ok: bool
     items: tuple[CheckItem, ...] = ()
+    proof: Certificate | None = None
+    not_proved: str = ""
+    not_compared: str = ""
 
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """The original model against the rewritten one."""
+    """The original model against the rewritten one.
+
+    Attributes:
+        ok: no difference in the whole model, nor at any site.
+        items: outputs and gradients of the whole model.
+        sites: the report of each site, with its check.
+        notes: what has to be known to read the items.
+        peak_bytes: the most memory that the verification held at once, above what was held before.
+        proof_ms: time that the proofs took.
+    """
 
     ok: bool
     items: tuple[CheckItem, ...] = ()
+    sites: tuple[SiteReport, ...] = ()
+    notes: tuple[str, ...] = ()
     peak_bytes: int | None = None
+    proof_ms: float = 0.0
 
     def __str__(self) -> str:
         return plain_text(self)
 
     def __rich__(self) -> RenderableType:
-        return Group(*_render_check("model", self.items, self.ok))
+        return Group(*_render_model_check(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -95,7 +120,8 @@ class SiteReport:
     Attributes:
         program: the score, e.g. ``s*0.125 where kv <= q``; empty if it was not understood.
         mask: the condition of the program alone, ``""`` if every key is attended.
-        dead_rows: what a row without any key gives: ``none``, ``mean``, ``nan`` or ``zero``.
+        dead_rows: what a row without any key gives: ``none``, ``uniform``, ``uniform_s``, ``mean``, ``nan``
+            or ``zero`` (see :class:`~flashfuse.kernels.spec.ScoreProgram`).
         source: the user's line.
         variant: the kernels that run it; empty for a site left alone.
         notes: assumptions that the rewrite rests on.
@@ -119,7 +145,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every attention site of one graph."""
+    """What became of every attention site of one graph; times are in milliseconds."""
 
     sites: tuple[SiteReport, ...] = ()
     graph_name: str = ""
@@ -127,6 +153,8 @@ class Report:
     num_nodes_after: int = 0
     warnings: tuple[str, ...] = ()
     pass_ms: float = 0.0
+    proof_ms: float = 0.0
+    numbers_ms: float = 0.0
     check: ModelCheck | None = None
 
     @property
@@ -136,6 +164,10 @@ class Report:
     @property
     def num_fused(self) -> int:
         return sum(site.status == "fused" for site in self.sites)
+
+    @property
+    def num_proved(self) -> int:
+        return sum(site.status == "fused" and _is_proved(site) for site in self.sites)
 
     @property
     def ok(self) -> bool:
@@ -158,6 +190,7 @@ class Report:
         counts: dict[str, Any] = {
             "num_sites": self.num_sites,
             "num_fused": self.num_fused,
+            "num_proved": self.num_proved,
             "ok": self.ok,
             "hbm_bytes_before": hbm[0] if hbm else None,
             "hbm_bytes_after": hbm[1] if hbm else None,
@@ -230,7 +263,7 @@ def _render(report: Report) -> Iterable[RenderableType]:
         for group in shown:
             shape = f"  {group[0].shape}" if group[0].shape is not None else ""
             yield Text.assemble("  ", (_names(group), style), shape)
-            yield _facts(group[0])
+            yield _table(_facts_of(group[0]))
     hbm = report.hbm_bytes
     if hbm is not None:
         ratio = f" ({hbm[0] / hbm[1]:.1f}× less)" if 0 < hbm[1] < hbm[0] else ""
@@ -247,21 +280,39 @@ def _headline(report: Report) -> Text:
     if not report.sites:
         return Text(f"{name}no attention found, {_count(report.num_nodes_before, 'graph node')} unchanged")
     nodes = f"{report.num_nodes_before} → {report.num_nodes_after} graph nodes"
+    proved = f", {report.num_proved} proved" if any(map(_was_to_prove, report.sites)) else ""
+    times = [f"passes took {report.pass_ms:.0f} ms"]
+    times += [f"proofs took {report.proof_ms:.0f} ms"] if proved else []
     return Text.assemble(
         f"{name}{_count(report.num_sites, 'attention site')}, ",
         (f"{report.num_fused} fused", "bold green" if report.num_fused else "bold yellow"),
-        f", {report.num_sites - report.num_fused} left · {nodes} · passes took {report.pass_ms:.0f} ms",
+        f"{proved}, {report.num_sites - report.num_fused} left · {nodes} · {' · '.join(times)}",
     )
 
 
+def _was_to_prove(site: SiteReport) -> bool:
+    return site.check is not None and bool(site.check.proof is not None or site.check.not_proved)
+
+
+def _is_proved(site: SiteReport) -> bool:
+    return site.check is not None and site.check.proof is not None and site.check.proof.ok
+
+
 def _fold(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:
-    """Sites that differ in nothing but their name and the outcome of their check."""
+    """Sites that differ in nothing but their name, their numbers, and the time their proof took."""
     groups: dict[Any, list[SiteReport]] = {}
     for site in sites:
         # Symbolic sizes must not be compared, that would add guards to the trace: compare their text.
-        alike = dataclasses.replace(site, name="", check=None)
+        alike = dataclasses.replace(site, name="", check=_without_figures(site.check))
         groups.setdefault(json.dumps(_plain(alike)), []).append(site)
     return list(groups.values())
+
+
+def _without_figures(check: SiteCheck | None) -> SiteCheck | None:
+    if check is None or not (check.proof or check.not_proved):
+        return None
+    proof = dataclasses.replace(check.proof, elapsed_ms=0.0) if check.proof is not None else None
+    return SiteCheck(True, proof=proof, not_proved=check.not_proved, not_compared=check.not_compared)
 
 
 def _names(group: Sequence[SiteReport]) -> str:
@@ -278,11 +329,11 @@ def _names(group: Sequence[SiteReport]) -> str:
     return f"{first} … {last} ×{len(group)}"
 
 
-def _facts(site: SiteReport) -> RenderableType:
+def _table(facts: Iterable[tuple[str, str]]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, fact in _facts_of(site):
+    for name, fact in facts:
         table.add_row(name, Text(fact))
     return Padding(table, (0, 0, 0, 4), expand=False)
 
@@ -303,13 +354,58 @@ def _facts_of(site: SiteReport) -> Iterable[tuple[str, str]]:
             yield "traffic", f"{format_bytes(before)} → {format_bytes(after)}"
     if site.source:
         yield "source", _short(site.source)
+    yield from _reasons_of(site)
+    for note in site.notes:
+        yield "note", note
+    if site.check is not None:
+        yield from _proof_of(site.check)
+
+
+def _reasons_of(site: SiteReport) -> Iterable[tuple[str, str]]:
     for reason in site.reasons:
         line = f" ({_short(reason.where)})" if reason.where and reason.where != site.source else ""
         yield "reason", f"{reason.code}: {reason.message}{line}"
         if reason.hint:
             yield "remedy", reason.hint
-    for note in site.notes:
-        yield "note", note
+
+
+def _proof_of(check: SiteCheck) -> Iterable[tuple[str, str]]:
+    """The certificate in a line, and one more for each thing that it rests on."""
+    proof = check.proof
+    if proof is None:
+        if check.not_proved:
+            instead = "; compared numerically" if check.items else ""
+            yield "proof", f"not proved ({check.not_proved}){instead}"
+    elif not proof.ok:
+        yield "differs", proof.difference
+    else:
+        primes = ", ".join(str(p) for p in dict.fromkeys(p for p, _ in proof.primes))
+        yield (
+            "proved",
+            f"{', '.join(proof.compared)} · {_count(len(proof.seeds), 'draw')}, {proof.elements:,} elements, "
+            f"p = {primes}, chance of a miss {_bound(proof.failure_bound)} · at {proof.sizes}",
+        )
+        if proof.uninterpreted:
+            yield (
+                "assumes",
+                f"nothing of {', '.join(proof.uninterpreted)} but equal results for equal arguments",
+            )
+        if proof.masks:
+            yield "assumes", f"{', '.join(proof.masks)} masks: the weight is 0"
+        for assumption in proof.assumptions:
+            yield "assumes", assumption
+        for cast in proof.casts:
+            yield "wider", cast
+    if check.not_compared:
+        yield "numbers", f"not compared on its own: {check.not_compared}"
+
+
+def _bound(chance: float) -> str:
+    """``< 1e-15``: the next power of ten above."""
+    return f"< 1e{math.floor(math.log10(chance)) + 1}" if 0 < chance < 1 else f"≤ {chance:g}"
+
+
+_DEAD_ROWS = {"nan": "NaN", "zero": "0"}
 
 
 def _mask(site: SiteReport) -> str:
@@ -317,7 +413,7 @@ def _mask(site: SiteReport) -> str:
         return "none"
     density = site.cost.density if site.cost is not None else None
     left = f"; leaves {density:.0%} of the scores" if density is not None else ""
-    dead = {"mean": "the mean of v", "nan": "NaN", "zero": "0"}.get(site.dead_rows)
+    dead = "the mean of v" if site.dead_rows in AVERAGING else _DEAD_ROWS.get(site.dead_rows)
     return site.mask + left + (f"; a row without keys gives {dead}" if dead else "")
 
 
@@ -326,25 +422,53 @@ def _short(source: str) -> str:
     return re.sub(r"^\S*/(?:site|dist)-packages/", "", source)
 
 
+RULE = "Checked against float64 (limit: 2 × the original's own error, plus rounding)"
+
+
 def _render_checks(report: Report) -> Iterable[RenderableType]:
-    checked = [(site.name, site.check) for site in report.sites if site.check is not None]
-    if not checked and report.check is None:
+    sites = list(_render_numbers(report.sites))
+    if not sites and report.check is None:
         return
     yield Text()
-    yield Text("Checked against float64 (limit: 2 × the original's own error, plus rounding)", style="bold")
+    yield Text(RULE, style="bold")
+    yield from sites
+    if report.check is not None:
+        yield from _render_check("whole model", report.check.items, report.check.ok, report.check.notes)
+
+
+def _render_numbers(sites: Sequence[SiteReport]) -> Iterable[RenderableType]:
+    checked = [(site.name, site.check) for site in sites if site.check is not None and site.check.items]
     if checked:
         items = [
             dataclasses.replace(item, name=f"{name}.{item.name}")
             for name, check in checked
             for item in check.items
         ]
-        ok = all(check.ok for _, check in checked)
+        ok = all(item.ok for item in items)
         yield from _render_check(_count(len(checked), "site"), items, ok)
-    if report.check is not None:
-        yield from _render_check("whole model", report.check.items, report.check.ok)
 
 
-def _render_check(what: str, items: Sequence[CheckItem], ok: bool) -> Iterable[RenderableType]:
+def _render_model_check(check: ModelCheck) -> Iterable[RenderableType]:
+    """What ``verify`` found: proofs, numbers of sites, numbers of the whole model, memory."""
+    if any(map(_was_to_prove, check.sites)):
+        proved, count = sum(map(_is_proved, check.sites)), len(check.sites)
+        yield Text(f"Proof: {proved} of {_count(count, 'site')}, {check.proof_ms:.0f} ms", style="bold")
+        for group in _fold(check.sites):
+            site = group[0]
+            yield Text.assemble("  ", (_names(group), "green" if site.status == "fused" else "yellow"))
+            facts = list(_proof_of(site.check)) if site.check is not None else []
+            yield _table([*facts, *(_reasons_of(site) if site.status == "left" else ())])
+        yield Text()
+    yield Text(RULE, style="bold")
+    yield from _render_numbers(check.sites)
+    yield from _render_check("whole model", check.items, all(i.ok for i in check.items), check.notes)
+    if check.peak_bytes is not None:
+        yield Text(f"  peak memory of the verification: {format_bytes(check.peak_bytes)}")
+
+
+def _render_check(
+    what: str, items: Sequence[CheckItem], ok: bool, notes: Sequence[str] = ()
+) -> Iterable[RenderableType]:
     verdict = ("equal", "bold green") if ok else ("DIFFERENT", "bold red")
     failed = sorted((item for item in items if not item.ok), key=lambda item: -item.share)
     if not items:
@@ -356,7 +480,7 @@ def _render_check(what: str, items: Sequence[CheckItem], ok: bool) -> Iterable[R
     else:
         tensors = _count(len(items), "tensor")
         summary = f", {tensors}, largest error {worst.share:.2f} of its limit ({worst.name})"
-    yield Text.assemble(f"  {what}: ", verdict, summary)
+    yield Text.assemble(f"  {what}: ", verdict, summary, *(f"; {note}" for note in notes))
     for item in failed[:MAX_LISTED]:
         note = f", {item.note}" if item.note else ""
         yield Text(

@@ -10,7 +10,7 @@ import pytest
 import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("flashfuse", "passes", "kernels")
+FOLDERS = ("flashfuse", "passes", "proof", "kernels")
 UPPER = tuple(
     f"flashfuse.{path.stem}" for path in (ROOT / "flashfuse").glob("*.py") if path.stem != "__init__"
 )
@@ -44,7 +44,9 @@ def sources(*folders: str) -> list[Path]:
 
 def test_kernels_know_nothing_above_them():
     wrong = [
-        line for path in sources("kernels") for line in uses(path, "flashfuse.passes", "torch.fx", *UPPER)
+        line
+        for path in sources("kernels")
+        for line in uses(path, "flashfuse.passes", "flashfuse.proof", "torch.fx", *UPPER)
     ]
     assert wrong == []
 
@@ -53,7 +55,8 @@ def test_passes_know_nothing_above_them_and_no_kernel():
     kernels = [f"flashfuse.kernels.{path.stem}" for path in sources("kernels") if uses(path, "triton")]
     assert kernels
     forbidden = ("triton", "transformers", *UPPER, *kernels)
-    assert [line for path in sources("passes") for line in uses(path, *forbidden)] == []
+    assert [line for path in sources("passes", "proof") for line in uses(path, *forbidden)] == []
+    assert [line for path in sources("passes") for line in uses(path, "flashfuse.proof")] == []
 
 
 def test_only_files_that_define_kernels_import_triton():
@@ -65,7 +68,7 @@ def test_only_files_that_define_kernels_import_triton():
 def test_nobody_imports_the_folders_by_their_bare_names():
     # ``kernels`` is also the name of a package by Hugging Face.
     everywhere = sources(*FOLDERS, "tests", "examples")
-    assert [line for path in everywhere for line in uses(path, "kernels", "passes")] == []
+    assert [line for path in everywhere for line in uses(path, "kernels", "passes", "proof")] == []
 
 
 def test_repository_root_is_not_importable():

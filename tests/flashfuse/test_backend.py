@@ -157,7 +157,7 @@ def test_a_differing_site_is_left(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"verify": "maybe"}, "expected verify to be one of off, full, got 'maybe'"),
+        ({"verify": "maybe"}, "expected verify to be one of proof, full, off, got 'maybe'"),
         ({"inner": "inductr"}, "expected inner to be one of .*inductor.*, got 'inductr'"),
         ({"inner": "flashfuse"}, "got 'flashfuse'"),
         ({"inner": 3}, "name of a backend or a callable, got 3"),

@@ -88,7 +88,7 @@ def test_explain(folder, tmp_path, capsys):
     target = tmp_path / "report.json"
     assert cli.main(["explain", folder, "--seq", "40", "--batch", "2", "--json", str(target)]) == cli.EQUAL
     out, err = capsys.readouterr()
-    assert "2 attention sites, 2 fused, 0 left" in out
+    assert "2 attention sites, 2 fused, 2 proved, 0 left" in out
     assert "kv <= q" in out and "s*0.25" in out
     assert re.search(r"whole model: equal, \d\d tensors", out) and "2 sites: equal" in out
     assert "before," in out and "modeling_gpt2.py" in out
