@@ -58,25 +58,31 @@ def power_of(g: int, exponent: Tensor, p: int) -> Tensor:
 
 
 def inverse(x: Tensor, p: int) -> Tensor:
-    """1 / x mod p, and 0 for 0: x^(p − 2) (Fermat)."""
-    if x.numel() <= 64:
-        flat = [pow(n, p - 2, p) for n in x.flatten().tolist()]
+    """1 / x mod p, and 0 for 0."""
+    if x.numel() <= 512:
+        flat = [pow(n, -1, p) if n else 0 for n in x.flatten().tolist()]
         return torch.tensor(flat, dtype=torch.int64).view(x.shape)
-    result, square, exponent = None, x, p - 2
+    result, square, exponent = torch.ones_like(x), x, p - 2  # Fermat: x^(p − 2)
     while exponent:
         if exponent & 1:
-            result = square if result is None else result * square % p
+            result = result * square % p
         exponent >>= 1
-        if exponent:
-            square = square * square % p
-    assert result is not None
+        square = square * square % p
     return result
 
 
 def matmul(a: Tensor, b: Tensor, p: int) -> Tensor:
-    """a @ b mod p; one factor is split into halves of 16 bits, so that sums of 2¹⁶ products fit."""
-    high = (a >> 16) @ b % p
-    return ((high << 16) + (a & 0xFFFF) @ b) % p
+    """a @ b mod p."""
+    if a.numel() * b.shape[-1] <= 1 << 14:
+        return (a.unsqueeze(-1) * b.unsqueeze(-3) % p).sum(-2) % p
+    # In two halves of 16 bits, whose products with b add up exactly below 2⁵³.
+    terms = b.double()
+    parts = [torch.zeros((), dtype=torch.int64)] * 2
+    for i in range(0, a.shape[-1], 32):
+        rows = terms[..., i : i + 32, :]
+        for n, half in enumerate((a >> 16, a & 0xFFFF)):
+            parts[n] = (parts[n] + (half[..., i : i + 32].double() @ rows).long()) % p
+    return ((parts[0] << 16) + parts[1]) % p
 
 
 def mix(x: Tensor, key: int) -> Tensor:

@@ -66,7 +66,7 @@ class Runner:
 
     def meaning(self, node: fx.Node, env: Env) -> Callable[..., Any]:
         """What the node calls."""
-        op = dialect.read(node)
+        op = self.shrink.op(node)
         if op is not None and op.name in ("dropout", "native_dropout"):
             rate = op.get("p", 0.5) if op.args.get("training", op.args.get("train")) is not False else 0.0
             return lambda *_, **__: self.dropped(env[op.input], rate, op.name == "native_dropout")

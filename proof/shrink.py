@@ -59,6 +59,13 @@ class Shrink:
     symbols: dict[sympy.Symbol, int]
     kept: set[int] = field(default_factory=set)
     _known: dict[int, int] = field(default_factory=dict)
+    _ops: dict[fx.Node, dialect.Op | None] = field(default_factory=dict)
+
+    def op(self, node: fx.Node) -> dialect.Op | None:
+        """What a node computes; every draw asks again."""
+        if node not in self._ops:
+            self._ops[node] = dialect.read(node)
+        return self._ops[node]
 
     def __call__(self, size: Any) -> int:
         """What ``size`` (an integer, a symbolic size or an expression of sizes) becomes."""
@@ -90,7 +97,7 @@ class Shrink:
 
     def literals(self, node: fx.Node, value: Any) -> Any:
         """The arguments of ``node``, by place or by name, with sizes and positions replaced."""
-        op = dialect.read(node)
+        op = self.op(node)
         name = op.name if op is not None else ""
         if name in ("tensor", "scalar_tensor") or (name in _VALUES and not _is_integral(node)):
             return value

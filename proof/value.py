@@ -43,6 +43,7 @@ class Draw:
     absorbed: dict[float, None] = field(default_factory=dict)
     precision: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Mantissa and exponent bits with which each input reaches a product or the softmax."""
+    _numbers: dict[float, Value] = field(default_factory=dict)
 
     @staticmethod
     def seeded(seed: int) -> Draw:
@@ -64,7 +65,9 @@ class Draw:
         if isinstance(x, Value):
             return x
         if not isinstance(x, Tensor):
-            x = torch.tensor(float(x) if not isinstance(x, int) else x)
+            if x not in self._numbers:
+                self._numbers[x] = self._of_floats(torch.tensor(float(x), dtype=torch.float64))
+            return self._numbers[x]
         if not x.is_floating_point():
             x = x.long()
             return Value(self, x % self.p, x % self.q, real=x.double())
