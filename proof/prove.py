@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -85,7 +85,8 @@ def prove_replacement(
     site = dict(site_nodes(region))
     problem = "it is too large to be proved at its own sizes"
     for attempt in range(2):
-        sizes = shrink(region.shape, region.program, tuple(site), seed) if attempt == 0 else unchanged(site)
+        numbered = (*site, *replacement.graph.nodes)
+        sizes = shrink(region.shape, numbered, seed) if attempt == 0 else unchanged(numbered)
         if attempt and not _is_small(region):
             break
         comparisons: list[_Comparison] = []
@@ -93,9 +94,11 @@ def prove_replacement(
         try:
             for i in range(draws):
                 # Where NaN hid a gradient, the next draw has no rows that give it.
-                alive = any(c.not_compared for c in comparisons)
-                comparisons.append(_Comparison(region, replacement, site, sizes, seed + i, alive, model))
+                rows = "alive" if any(c.not_compared for c in comparisons) else "masked" if i else "mixed"
+                comparisons.append(_Comparison(region, replacement, site, sizes, seed + i, rows, model))
                 found.append(comparisons[-1].run())
+                if found[-1].difference:
+                    break
         except NotProvable:
             raise
         except Exception as error:
@@ -127,7 +130,11 @@ class Found:
 
 
 class _Comparison:
-    """One draw of fields, inputs and block sizes for a site and its replacement."""
+    """One draw of fields, inputs and block sizes for a site and its replacement.
+
+    ``rows`` says which keys inputs leave to them: ``mixed`` some, none or all of them by stored
+    conditions; ``masked`` by −∞ in stored masks of reals as well; ``alive`` all.
+    """
 
     def __init__(
         self,
@@ -136,11 +143,11 @@ class _Comparison:
         site: Mapping[fx.Node, bool],
         sizes: Shrink,
         seed: int,
-        alive: bool,
+        rows: Literal["mixed", "masked", "alive"],
         model: type[Tiled],
     ) -> None:
         self.region, self.replacement, self.site, self.sizes = region, replacement, site, sizes
-        self.seed, self.alive = seed, alive
+        self.seed, self.rows = seed, rows
         self.draw = Draw.seeded(seed)
         lengths = (sizes(region.shape.q_len), sizes(region.shape.kv_len))
         # Two blocks each way, the second one usually shorter.
@@ -209,7 +216,10 @@ class _Comparison:
         if example.is_floating_point():
             name = self.names.get(node, node.name)
             via = {name: bits_of(example.dtype)}
-            made = FieldTensor.of(_laid_out(self.draw.random(own), example), example.dtype, via)
+            drawn = self.draw.random(own)
+            if self.rows == "masked" and _is_real_mask(self.region.program, name):
+                drawn = drawn.where(self.conditions(own), -math.inf)
+            made = FieldTensor.of(_laid_out(drawn, example), example.dtype, via)
             return made.requires_grad_().expand(shape) if any(expanded) else made.requires_grad_()
         if example.dtype == torch.bool:
             return self.conditions(own).expand(shape)
@@ -217,7 +227,7 @@ class _Comparison:
 
     def conditions(self, shape: tuple[int, ...]) -> Tensor:
         """Rows of conditions: some, none and all true in turn."""
-        if self.alive:
+        if self.rows == "alive":
             return torch.ones(shape, dtype=torch.bool)
         drawn = torch.rand(shape, generator=self.draw.inputs) < 0.6
         if not shape:
@@ -301,6 +311,14 @@ def _laid_out(value: Value, example: Tensor) -> Value:
     order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
     back = [order.index(d) for d in range(len(order))]
     return value.map(lambda t: t.permute(order).contiguous().permute(back))
+
+
+def _is_real_mask(program: ScoreProgram, name: str) -> bool:
+    """Whether a captured real is added to the score and may be a mask, of −∞ where there is no key."""
+    score = program.score
+    terms = score.operands if score.op == "+" else ()
+    added = any(t.op == "load" and t.args[0] == name for t in terms)
+    return added and program.dead_rows in ("nan", "zero")
 
 
 def _is_position(program: ScoreProgram, name: str) -> bool:

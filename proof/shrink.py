@@ -138,10 +138,10 @@ def _is_integral(node: fx.Node) -> bool:
     return not any(t.is_floating_point() for t in tensors)
 
 
-def shrink(shape: AttentionShape, program: ScoreProgram, site: Sequence[fx.Node], seed: int) -> Shrink:
-    """A mapping for the site made of the nodes ``site``; ``seed`` draws symbolic sizes."""
+def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int) -> Shrink:
+    """A mapping for a site, given all nodes of original and replacement; ``seed`` draws symbolic sizes."""
     products, sums = dict(_products(shape, site)), dict(_sums(site))
-    numbers = {n for node in site for n in _numbers(node)} | set(_constants(program))
+    numbers = {n for node in site for n in _numbers(node)}
     lengths = {n for n in (shape.q_len, shape.kv_len) if isinstance(n, int)}
     small = {n: m for n, m in _small(shape, site).items() if n not in lengths}
     rest = sorted(n for n in numbers | lengths if n >= KEPT and n not in small and n not in products)
@@ -205,6 +205,8 @@ def _numbers(node: fx.Node) -> Iterator[int]:
     if op is not None and op.name in _VALUES and not _is_integral(node):
         return
     yield from _integers((node.args, node.kwargs))
+    if node.target is torch.ops.flashfuse.attention.default:
+        yield from _constants(ScoreProgram.parse(str(node.args[7])))
 
 
 def _integers(x: Any) -> Iterator[int]:
