@@ -59,7 +59,8 @@ class Program:
     def __str__(self) -> str:
         made = "".join(f"    {text},  # {name}\n" for name, text in self.inputs)
         head = "import math\n\nimport torch\nimport torch.nn.functional as F\n\n\n"
-        return f"{head}{self.source}\n\ntorch.manual_seed(0)\ninputs = [\n{made}]  # captured by {self.capture}\n"
+        arguments = f"torch.manual_seed(0)\ninputs = [\n{made}]  # captured by {self.capture}\n"
+        return f"{head}{self.source}\n\n{arguments}"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """How Hypothesis shows an example."""
@@ -164,7 +165,11 @@ class Writer:
 
     def ordered(self, x: Value, wanted: str) -> Value:
         """``x`` with its dimensions in the order of ``wanted``."""
-        return x if x.axes == wanted else replace(self.same(x, x.name + self.permutation(x.axes, wanted)), axes=wanted)
+        return (
+            x
+            if x.axes == wanted
+            else replace(self.same(x, x.name + self.permutation(x.axes, wanted)), axes=wanted)
+        )
 
     def to(self, x: Value, dtype: torch.dtype) -> Value:
         if x.dtype == dtype:
@@ -181,7 +186,7 @@ class Writer:
         leading = 0
         while leading in missing and self.chance(60):
             leading += 1
-        kept = [i for i in range(leading, len(axes))]
+        kept = range(leading, len(axes))
         if all(i not in missing for i in kept):
             return text
         how = self.pick("index", "view", "unsqueeze")
@@ -189,7 +194,9 @@ class Writer:
             return f"{text}[{', '.join('None' if i in missing else ':' for i in kept)}]"
         if how == "view" and own:
             call = "view" if own == x.axes else "reshape"
-            return f"{text}.{call}({', '.join('1' if i in missing else str(self.sizes[axes[i]]) for i in kept)})"
+            return (
+                f"{text}.{call}({', '.join('1' if i in missing else str(self.sizes[axes[i]]) for i in kept)})"
+            )
         return text + "".join(f".unsqueeze({i - leading})" for i in kept if i in missing)
 
 

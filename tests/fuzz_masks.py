@@ -64,13 +64,16 @@ def scaled(w: Writer, scores: Value) -> Value:
 
 def softcapped(w: Writer, scores: Value) -> Value:
     cap = w.pick("5.0", "20.0", "2.0")
-    return w.same(scores, w.pick(f"torch.tanh({scores} / {cap}) * {cap}", f"{cap} * ({scores} / {cap}).tanh()"))
+    return w.same(
+        scores, w.pick(f"torch.tanh({scores} / {cap}) * {cap}", f"{cap} * ({scores} / {cap}).tanh()")
+    )
 
 
 def bent(w: Writer, scores: Value) -> Value:
+    # Exponential and sigmoid keep their result for the backward; the next step may write to ours.
     text = w.pick(
-        "-{0}", "{0}.abs()", "{0}.clamp(-2.0, 2.0)", "{0}.clamp(min=-1.5)", "torch.sigmoid({0})", "{0} ** 2",
-        "torch.maximum({0}, {0} * 0.5)", "{0} + 0.5 * {0}", "{0} - 3", "torch.exp({0} * 0.1)",
+        "-{0}", "{0}.abs()", "{0}.clamp(-2.0, 2.0)", "{0}.clamp(min=-1.5)", "torch.sigmoid({0}) * 3",
+        "{0} ** 2", "torch.maximum({0}, {0} * 0.5)", "{0} + 0.5 * {0}", "{0} - 3", "torch.exp({0} * 0.1) - 1",
     )  # fmt: skip
     return w.same(scores, text.format(scores))
 
@@ -248,7 +251,9 @@ def masked(w: Writer, scores: Value) -> Value:
 
 
 def _filled(w: Writer, scores: Value, allowed: str, fill: str) -> Value:
-    negated = w.pick(f"~{allowed}", f"torch.logical_not({allowed})", f"{allowed} == 0", f"{allowed}.logical_not()")
+    negated = w.pick(
+        f"~{allowed}", f"torch.logical_not({allowed})", f"{allowed} == 0", f"{allowed}.logical_not()"
+    )
     return w.same(scores, f"{scores}.masked_fill({negated}, {fill})")
 
 
@@ -259,7 +264,8 @@ def _filled_in_place(w: Writer, scores: Value, allowed: str, fill: str) -> Value
 def _chosen(w: Writer, scores: Value, allowed: str, fill: str) -> Value:
     number = w.pick(fill, f"torch.tensor({fill}, dtype={scores.dtype})", f"torch.full_like({scores}, {fill})")
     return w.same(
-        scores, w.pick(f"torch.where({allowed}, {scores}, {number})", f"torch.where(~{allowed}, {number}, {scores})")
+        scores,
+        w.pick(f"torch.where({allowed}, {scores}, {number})", f"torch.where(~{allowed}, {number}, {scores})"),
     )
 
 
@@ -307,10 +313,10 @@ def strange(w: Writer, scores: Value) -> Value:
     dim = scores.axes.index(w.pick(*scores.axes))
     text = w.pick(
         f"{scores} - {scores}.mean({dim}, keepdim=True)", f"{scores}.cumsum({dim})", f"{scores}.flip({dim})",
-        f"F.relu({scores})", f"{scores}.round()", f"torch.roll({scores}, 1, {dim})",
+        f"F.relu({scores}) - 1", f"{scores}.round()", f"torch.roll({scores}, 1, {dim})",
         f"{scores}.masked_fill({scores} < 0, -torch.inf)", f"torch.tril({scores})",
         f"{scores} * {scores}.detach()", f"{scores} - {scores}.amax({dim}, keepdim=True)",
-        f"{scores} + {scores}.sum({dim}, keepdim=True) * 0.1", f"{scores}.softmax({dim})",
+        f"{scores} + {scores}.sum({dim}, keepdim=True) * 0.1", f"{scores}.softmax({dim}) * 2",
     )  # fmt: skip
     return w.same(scores, text)
 

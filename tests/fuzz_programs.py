@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from fuzz_code import ONE, Program, Value, Writer, broadcast, without
-from fuzz_masks import STEPS, bias, condition, strange
+from fuzz_masks import STEPS, condition, strange
 from hypothesis import strategies as st
 
 
@@ -51,7 +51,17 @@ def _draw_sizes(w: Writer) -> None:
     heads = w.integer(1, 3)
     group = w.pick(1, 1, 1, 2, 3)
     h = heads * group if w.chance(80) or group > 1 else q
-    w.sizes |= {"a": 2, "b": w.integer(1, 3), "j": h // group, "g": group, "h": h, "q": q, "k": k, "d": d, "e": e}
+    w.sizes |= {
+        "a": 2,
+        "b": w.integer(1, 3),
+        "j": h // group,
+        "g": group,
+        "h": h,
+        "q": q,
+        "k": k,
+        "d": d,
+        "e": e,
+    }
 
 
 # --- q, k and v ---------------------------------------------------------------------------------
@@ -69,7 +79,11 @@ def operands(w: Writer, dtype: torch.dtype) -> Operands:
         k = replace(q, axes=lead + "kd")
     else:
         k = tensor(w, "k", heads + "kd", dtype)
-    v = replace(k, axes=heads + "ke") if sizes["d"] == sizes["e"] and w.chance(8) else tensor(w, "v", heads + "ke", dtype)
+    v = (
+        replace(k, axes=heads + "ke")
+        if sizes["d"] == sizes["e"] and w.chance(8)
+        else tensor(w, "v", heads + "ke", dtype)
+    )
     return Operands(q, k, v)
 
 
@@ -199,9 +213,13 @@ def operands_from(w: Writer, x: Value) -> Operands:
     if w.chance(50):
         w.sizes["k"] = w.sizes["q"]
         k = replace(x, axes=lead + "kd")
-        return Operands(q, k, replace(x, axes=lead + "ke") if w.chance(50) else tensor(w, "v", lead + "ke", x.dtype))
+        return Operands(
+            q, k, replace(x, axes=lead + "ke") if w.chance(50) else tensor(w, "v", lead + "ke", x.dtype)
+        )
     k = tensor(w, "k", lead + "kd", x.dtype)
-    return Operands(q, k, replace(k, axes=lead + "ke") if w.chance(30) else tensor(w, "v", lead + "ke", x.dtype))
+    return Operands(
+        q, k, replace(k, axes=lead + "ke") if w.chance(30) else tensor(w, "v", lead + "ke", x.dtype)
+    )
 
 
 # --- one site -----------------------------------------------------------------------------------
@@ -233,11 +251,21 @@ def shared_heads(w: Writer, given: Operands) -> Operands:
         return given
     group = w.sizes["g"]
     if given.q.axes == "bhqd" and w.chance(30):
-        q = w.let("q", f"{given.q}.{w.pick('unflatten(1, ({0}, {1}))', 'reshape({2})').format(w.sizes['j'], group, w.shape('bjgqd'))}", "bjgqd", given.q.dtype)
+        q = w.let(
+            "q",
+            w.pick(
+                f"{given.q}.unflatten(1, ({w.sizes['j']}, {group}))", f"{given.q}.reshape({w.shape('bjgqd')})"
+            ),
+            "bjgqd",
+            given.q.dtype,
+        )
         k, v = (replace(w.same(x, f"{x}.unsqueeze(2)"), axes="bj1" + x.axes[2:]) for x in (given.k, given.v))
         return Operands(q, k, v)
     if w.sizes["j"] == 1 and w.chance(30):
-        return replace(given, **{n: replace(x, axes=x.axes.replace("j", ONE)) for n, x in (("k", given.k), ("v", given.v))})
+        return replace(
+            given,
+            **{n: replace(x, axes=x.axes.replace("j", ONE)) for n, x in (("k", given.k), ("v", given.v))},
+        )
     return replace(given, k=repeated(w, given.k), v=repeated(w, given.v))
 
 
@@ -259,7 +287,9 @@ def fold(w: Writer, x: Value) -> Value:
     """Batch and heads in one dimension."""
     w.sizes["n"] = w.size("bh")
     axes = "n" + x.axes[2:]
-    text = w.pick(f"{x}.reshape({w.shape(axes)})", f"{x}.flatten(0, 1)", f"{x}.contiguous().view({w.shape(axes)})")
+    text = w.pick(
+        f"{x}.reshape({w.shape(axes)})", f"{x}.flatten(0, 1)", f"{x}.contiguous().view({w.shape(axes)})"
+    )
     return replace(w.same(x, text), axes=axes)
 
 
@@ -314,7 +344,8 @@ def transposed(w: Writer, x: Value) -> str:
     n = len(x.axes)
     order = [*range(n - 2), n - 1, n - 2]
     return w.pick(
-        f"{x}.transpose(-2, -1)", f"{x}.transpose(-1, -2)", f"{x}.mT", f"{x}.permute({', '.join(map(str, order))})",
+        f"{x}.transpose(-2, -1)", f"{x}.transpose(-1, -2)", f"{x}.mT",
+        f"{x}.permute({', '.join(map(str, order))})",
         f"torch.transpose({x}, {n - 2}, {n - 1})", f"{x}.swapaxes(-1, -2)", f"{x}.movedim(-1, -2)",
     )  # fmt: skip
 
@@ -410,12 +441,15 @@ def softmax(w: Writer, scores: Value) -> Value:
         axis = w.integer(0, len(scores.axes) - 1)
     dim = w.pick(axis - len(scores.axes), axis)
     if scores.dtype in (torch.bfloat16, torch.float16) and w.chance(50):
-        text = w.pick(f"F.softmax({scores}, dim={dim}, dtype=torch.float32)", f"{scores}.softmax({dim}, torch.float32)")
+        text = w.pick(
+            f"F.softmax({scores}, dim={dim}, dtype=torch.float32)", f"{scores}.softmax({dim}, torch.float32)"
+        )
         return w.let("weights", text, scores.axes, torch.float32)
     text = w.pick(
         "torch.softmax({x}, dim={d})", "F.softmax({x}, dim={d})", "{x}.softmax({d})", "{x}.softmax(dim={d})",
-        "torch.special.softmax({x}, {d})", "torch.exp(F.log_softmax({x}, dim={d}))", "{x}.log_softmax({d}).exp()",
-        "torch.ops.aten._safe_softmax.default({x}, {d})", "torch.exp({x} - torch.logsumexp({x}, {d}, keepdim=True))",
+        "torch.special.softmax({x}, {d})", "torch.exp(F.log_softmax({x}, dim={d}))",
+        "{x}.log_softmax({d}).exp()", "torch.ops.aten._safe_softmax.default({x}, {d})",
+        "torch.exp({x} - torch.logsumexp({x}, {d}, keepdim=True))",
         "",
     )  # fmt: skip
     if text:
@@ -426,7 +460,8 @@ def softmax(w: Writer, scores: Value) -> Value:
 def by_hand(w: Writer, scores: Value, dim: int) -> Value:
     peak = w.pick(
         "", f" - {scores}.amax({dim}, keepdim=True)", f" - {scores}.max(dim={dim}, keepdim=True)[0]",
-        f" - {scores}.detach().amax(dim={dim}, keepdim=True)", f" - torch.amax({scores}, {dim}).unsqueeze({dim})",
+        f" - {scores}.detach().amax(dim={dim}, keepdim=True)",
+        f" - torch.amax({scores}, {dim}).unsqueeze({dim})",
     )  # fmt: skip
     e = w.let("e", w.pick(f"torch.exp({scores}{peak})", f"({scores}{peak}).exp()"), scores.axes, scores.dtype)
     total = w.pick(f"{e}.sum({dim}, keepdim=True)", f"torch.sum({e}, dim={dim}).unsqueeze({dim})")
@@ -442,24 +477,29 @@ def after_softmax(w: Writer, weights: Value) -> Value:
             w.pick(
                 f"F.dropout({weights}, p={rate})", f"F.dropout({weights}, {rate}, True)",
                 f"torch.dropout({weights}, {rate}, True)", f"F.dropout({weights}, p={rate}, training=False)",
-                f"torch.native_dropout({weights}, {rate}, True)[0]", f"F.dropout({weights}, {rate}, inplace=True)",
+                f"torch.native_dropout({weights}, {rate}, True)[0]",
+                f"F.dropout({weights}, {rate}, inplace=True)",
             ),
         )  # fmt: skip
     if w.chance(10):
-        weights = w.same(weights, f"{weights}{w.pick('.contiguous()', '.clone()', '.unsqueeze(-1).squeeze(-1)')}")
+        weights = w.same(
+            weights, f"{weights}{w.pick('.contiguous()', '.clone()', '.unsqueeze(-1).squeeze(-1)')}"
+        )
     if w.chance(6):
         at = weights.axes.index(w.pick(*weights.axes))
         weights = w.same(
             weights,
             w.pick(
                 f"{weights} * 0.5", f"{weights}.tril()", f"{weights}.flip({at})", f"{weights} + 0.1",
-                f"{weights}.softmax({at})", f"{weights} / {weights}.sum({at}, keepdim=True)", f"{weights}.roll(1, {at})",
-                f"{weights}.detach()", f"{weights}.clamp(min=0.1)",
+                f"{weights}.softmax({at})", f"{weights} / {weights}.sum({at}, keepdim=True)",
+                f"{weights}.roll(1, {at})", f"{weights}.detach()", f"{weights}.clamp(min=0.1)",
             ),
         )  # fmt: skip
     square = [a for a in weights.axes if a != "k" and w.sizes[a] == w.sizes["k"]]
     if square and w.chance(3):
-        weights = w.same(weights, f"{weights}.transpose({weights.axes.index('k')}, {weights.axes.index(square[0])})")
+        weights = w.same(
+            weights, f"{weights}.transpose({weights.axes.index('k')}, {weights.axes.index(square[0])})"
+        )
     return weights
 
 
@@ -515,5 +555,7 @@ def finished(w: Writer, out: Value) -> str:
         w.sizes["w"] = w.integer(1, 4)
         return f"F.linear({out}, {w.normal('weight', 'we', out.dtype)})"
     if how == "viewed":
-        return w.pick(f"{out}.flatten()", f"{out}.reshape(-1, {w.sizes['e']})", f"{out}.mT", f"{out}[..., :1, :]")
+        return w.pick(
+            f"{out}.flatten()", f"{out}.reshape(-1, {w.sizes['e']})", f"{out}.mT", f"{out}[..., :1, :]"
+        )
     return out.name

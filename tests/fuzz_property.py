@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from fuzz_code import Program
 from torch import fx
 
 from flashfuse import FlashFuseWarning, pipeline
-from flashfuse.checker import check_graph
+from flashfuse.numbers import check_graph
 from flashfuse.options import Options
-from flashfuse.report import CheckItem, Report
+from flashfuse.report import Report
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Outcome:
     Attributes:
         left: the code of each reason.
         failure: ``""``, or what is wrong: ``different``, ``crash`` or ``report``, a colon, and details.
-        doubt: a difference under one draw of the arguments that others do not show.
+        doubt: a difference under one draw of the arguments that others do not show, or a site whose
+            own check failed though the whole program does not differ.
     """
 
     fused: int = 0
@@ -80,30 +82,40 @@ def outcome(program: Program) -> Outcome:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", FlashFuseWarning)
             new, report = pipeline.run(gm, options)
-            # A graph that was passed through is itself.
-            differing = doubt = ""
-            for seed in range(DRAWS) if new is not gm else ():
-                arguments = program.arguments(seed)
-                items = _differing(gm, new, [arguments[i] for i in order])
-                differing = "; ".join(map(_shown, items))
-                doubt = doubt or differing
-                if not items or any(i.note for i in items):
-                    break
+            alarms = [f"{r.code}: {r.message}" for s in report.sites for r in s.reasons if r.code in ALARMS]
+            if alarms:
+                # The site is left, which is right either way: does it differ, or was the alarm false?
+                new, _ = pipeline.run(gm, Options(verify="off"))
+            differing, doubt = _differing(program, gm, new, order)
     except Exception as error:
         return Outcome(failure=f"crash: {type(error).__name__}: {error}")
     left = tuple(reason.code for site in report.sites for reason in site.reasons)
     wrong = _wrong_in(report) or ("the input graph was changed" if gm.code != before else "")
     failure = f"report: {wrong}" if wrong else f"different: {differing}" if differing else ""
-    return Outcome(report.num_fused, left, failure, "" if failure else doubt)
+    return Outcome(report.num_fused, left, failure, "" if failure else "; ".join([*alarms, *doubt]))
 
 
-def _differing(gm: fx.GraphModule, new: fx.GraphModule, inputs: Sequence[Any]) -> list[CheckItem]:
-    """The tensors outside the rule."""
-    return [item for item in check_graph(gm, new, inputs, backward=True).items if not item.ok]
+ALARMS = ("check_failed", "proof_failed")
+"""Reasons that say that the replacement differs."""
 
 
-def _shown(item: CheckItem) -> str:
-    return f"{item.name} {item.note or f'error {item.error_ours:.3g}, limit {item.limit:.3g}'}"
+def _differing(
+    program: Program, gm: fx.GraphModule, new: fx.GraphModule, order: Sequence[int]
+) -> tuple[str, list[str]]:
+    """What is outside the rule under every draw of the arguments, and what is under the first."""
+    first: list[str] = []
+    # A graph that was passed through is itself.
+    for seed in range(DRAWS) if new is not gm else ():
+        arguments = program.arguments(seed)
+        items = check_graph(gm, new, [arguments[i] for i in order], backward=True).items
+        outside = [item for item in items if not item.ok]
+        shown = [f"{i.name} {i.note} (error {i.error_ours:.3g}, limit {i.limit:.3g})" for i in outside]
+        first = first or shown
+        if not outside:
+            return "", first
+        if any(math.isinf(item.error_ours) for item in outside):
+            return "; ".join(shown), first
+    return "; ".join(first), first
 
 
 def _wrong_in(report: Report) -> str:
@@ -111,6 +123,6 @@ def _wrong_in(report: Report) -> str:
         if site.status == "left" and not (site.reasons and all(r.code and r.message for r in site.reasons)):
             return f"{site.name} is left without a reason"
         for reason in site.reasons:
-            if reason.code in ("internal", "emit", "check_failed"):
+            if reason.code in ("internal", "emit"):
                 return f"{site.name} is left for a fault of ours: {reason.code}: {reason.message}"
     return ""

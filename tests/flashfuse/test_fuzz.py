@@ -1,0 +1,90 @@
+"""Random attention code comes out equal, or left alone with a reason; what the fuzz found stays found."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from fuzz_code import Program
+from fuzz_programs import programs
+from fuzz_property import Outcome, outcome
+from hypothesis import HealthCheck, Phase, given, settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXAMPLES = 300
+
+
+def test_random_programs():
+    """The same 300 programs in every run; ``benchmarks/fuzz.py`` runs as many others as one likes."""
+    counts: Counter[str] = Counter()
+
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(programs())
+    def comes_out_equal_or_left(program: Program) -> None:
+        found = outcome(program)
+        counts["programs"] += 1
+        counts["with a fused site"] += found.fused > 0
+        counts["with a site left"] += bool(found.left)
+        assert not found.failure, found.failure
+
+    comes_out_equal_or_left()
+    assert counts["with a fused site"] >= 0.6 * counts["programs"], counts
+    assert counts["with a site left"] >= 0.1 * counts["programs"], counts
+
+
+# --- what it found ------------------------------------------------------------------------------
+
+QKV = {"q": "torch.randn(2, 3, 5, 4)", "k": "torch.randn(2, 3, 5, 4)", "v": "torch.randn(2, 3, 5, 4)"}
+DEAD_ROW = {"mask": "torch.rand(2, 1, 5, 5) < torch.tensor([0.7, 0.0, 0.7, 0.7, 0.7])[:, None]"}
+
+
+def attention(*lines: str, capture: str = "symbolic", **inputs: str) -> Outcome:
+    return outcome(Program(lines, tuple((QKV | inputs).items()), capture))
+
+
+def is_fused(found: Outcome) -> bool:
+    return found == Outcome(fused=1)
+
+
+@pytest.mark.parametrize("update", ["out.mul_(2.0)", "out[:, 0].add_(1.0)", "out.transpose(1, 2).mul_(2.0)"])
+def test_output_written_to(update):
+    """The operator's own output, or a view of it, was handed to in-place operations, which autograd refuses.
+
+    Where the original's strides were the operator's (one query, one head) there was no copy between.
+    """
+    line = "out = torch.softmax(q @ k.transpose(-2, -1), -1) @ v"
+    one_query = {"q": "torch.randn(2, 3, 1, 4)"}
+    assert is_fused(attention(line, update, "return out", capture="dynamo", **one_query))
+
+
+def test_dead_rows_of_an_added_infinity():
+    """−inf added to the scores, not filled in: the gradient of a dead row is NaN, and ours was 0."""
+    lines = "scores = q @ k.mT + torch.where(mask, 0.0, -torch.inf)", "return torch.softmax(scores, -1) @ v"
+    assert attention(*lines, **DEAD_ROW) == Outcome(left=("dead_rows_unclear",))
+
+
+def test_dead_rows_of_a_bias_after_the_fill():
+    """A bias added after −inf was filled in has a gradient of NaN in dead rows, and ours was 0."""
+    lines = (
+        "scores = (q @ k.mT).masked_fill(~mask, -torch.inf) + bias",
+        "return torch.softmax(scores, -1) @ v",
+    )
+    found = attention(*lines, **DEAD_ROW, bias="torch.randn(5, 5)")
+    assert found == Outcome(left=("dead_rows_unclear",))
+
+
+def test_dead_rows_of_a_bias_before_the_fill():
+    """The twin that stays fused: no gradient reaches what the fill replaced."""
+    lines = (
+        "scores = (q @ k.mT + bias).masked_fill(~mask, -torch.inf)",
+        "return torch.softmax(scores, -1) @ v",
+    )
+    assert is_fused(attention(*lines, **DEAD_ROW, bias="torch.randn(5, 5)"))
