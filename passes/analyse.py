@@ -16,7 +16,10 @@ import torch
 from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import KV, SKV, SQ, Expr, Q, S, const
 from flashfuse.kernels.spec import AttentionShape, DeadRows, Reason, ScoreProgram
+from flashfuse.passes import nodes
 from flashfuse.passes.lift import Lift
+
+SCORE = S.args[0]
 
 FINITE_MASK = -1e9
 """A finite constant this low is taken as a mask: its weight is 0 unless scores span 10⁹."""
@@ -28,24 +31,25 @@ class Masked:
 
     Attributes:
         added: how many masks were added up.
-        blocked: the score and the loads that the fill replaces, so that no gradient reaches them
-            where the mask is false.
+        blocked: the score and the loads that a fill replaces, so that no gradient reaches them there.
+        open: those that a gradient does reach at some place where the mask is false.
     """
 
     score: Expr
     allowed: Expr = E.TRUE
     fills: frozenset[float] = frozenset()
     added: int = 0
-    blocked: frozenset[Expr] = frozenset()
+    blocked: frozenset[str] = frozenset()
+    open: frozenset[str] = frozenset()
 
 
 def _is_mask_value(e: Expr, lowest: float) -> bool:
     return e.is_const and not isinstance(e.value, bool) and (e.value <= FINITE_MASK or e.value <= lowest)
 
 
-def _inputs(e: Expr) -> frozenset[Expr]:
-    """The score and the loads in ``e``: what a gradient can flow to."""
-    return frozenset(n for n in E.walk(e) if n == S or n.op == "load")
+def _inputs(e: Expr) -> frozenset[str]:
+    """The score ``s`` and the captures in ``e``: what a gradient can flow to."""
+    return frozenset(n.args[0] for n in E.walk(e) if n == S or n.op == "load")
 
 
 def split(e: Expr, lowest: float) -> Masked:
@@ -55,12 +59,15 @@ def split(e: Expr, lowest: float) -> Masked:
         return _split_where(condition, a, b, lowest) or Masked(e)
     if e.op == "+":
         parts = [split(a, lowest) for a in e.operands]
+        # What one summand forbids, the others do not know of.
+        beside = (_inputs(p.score) for p in parts if any(q.added for q in parts if q is not p))
         return Masked(
             E.add(*(p.score for p in parts)),
             E.logical_and(*(p.allowed for p in parts)),
             frozenset().union(*(p.fills for p in parts)),
             sum(p.added for p in parts),
             frozenset().union(*(p.blocked for p in parts)),
+            frozenset().union(*(p.open for p in parts), *beside),
         )
     if e.op == "*" and e.args[1].is_const and e.args[1].value > 0:
         inner = split(e.args[0], lowest)
@@ -73,7 +80,10 @@ def split(e: Expr, lowest: float) -> Masked:
         inner = split(a, lowest)
         if inner.added:
             fills = frozenset(max(float(floor.value), f) for f in inner.fills)
-            return dataclasses.replace(inner, fills=fills, added=1, blocked=_inputs(inner.score))
+            still_open = frozenset() if inner.fills == {-math.inf} else inner.open
+            return dataclasses.replace(
+                inner, fills=fills, added=1, blocked=_inputs(inner.score), open=still_open
+            )
     return Masked(e)
 
 
@@ -85,7 +95,8 @@ def _split_where(condition: Expr, a: Expr, b: Expr, lowest: float) -> Masked | N
         # A fill over an already masked score replaces it, it does not add up.
         fills = left.fills | {float(b.value)}
         allowed = E.logical_and(left.allowed, condition)
-        return Masked(left.score, allowed, fills, max(left.added, 1), left.blocked | _inputs(left.score))
+        blocked = left.blocked | _inputs(left.score)
+        return Masked(left.score, allowed, fills, max(left.added, 1), blocked, left.open)
     right = split(b, lowest)
     if not left.added and not right.added:
         return None
@@ -94,7 +105,12 @@ def _split_where(condition: Expr, a: Expr, b: Expr, lowest: float) -> Masked | N
     )
     score = E.where(condition, left.score, right.score)
     return Masked(
-        score, allowed, left.fills | right.fills, max(left.added, right.added), left.blocked | right.blocked
+        score,
+        allowed,
+        left.fills | right.fills,
+        max(left.added, right.added),
+        left.blocked | right.blocked,
+        left.open | right.open,
     )
 
 
@@ -129,26 +145,44 @@ def program(
     if mask is None or _every_row_has_a_key(mask, lift, shape):
         # A captured float mask can still hold −inf in a whole row.
         return ScoreProgram(clean, mask, infinite if any(n.op == "load" for n in E.walk(clean)) else "none")
-    dead = infinite if masked.fills == {-math.inf} else _finite_dead_rows(masked, clean)
+    dead = "zero" if masked.fills == {-math.inf} and safe else _dead_rows(masked, _receivers(clean, lift))
     return dead if isinstance(dead, Reason) else ScoreProgram(clean, mask, dead)
 
 
-def _finite_dead_rows(masked: Masked, clean: Expr) -> DeadRows | Reason:
-    """The rule for rows in which every score became a finite minimum."""
+def _receivers(score: Expr, lift: Lift) -> frozenset[str]:
+    """The score and the captures in it that may need a gradient."""
+
+    def floating(name: str) -> bool:
+        example = nodes.tensor(lift.scope.captures[name])
+        return example is None or example.is_floating_point()
+
+    return frozenset(name for name in _inputs(score) if name == SCORE or floating(name))
+
+
+def _dead_rows(masked: Masked, receivers: frozenset[str]) -> DeadRows | Reason:
+    """The rule for rows in which every score became −inf or a finite minimum."""
+    blocked, reached = receivers & masked.blocked, receivers & masked.open
+    if masked.fills == {-math.inf}:
+        if not reached:
+            return "nan"
+        return Reason(
+            "dead_rows_unclear",
+            "−inf is added, or a tensor is added to it, so the gradient of a fully masked row is NaN",
+            hint="fill the scores with −inf after the last addition",
+        )
     if masked.added > 1 or len(masked.fills) > 1:
         return Reason(
             "dead_rows_unclear",
             "several masks are added up, so the weights of a fully masked row depend on their overlap",
             hint="combine the conditions before turning them into numbers",
         )
-    loads = _inputs(clean) - {S}
-    if S in masked.blocked:
-        if loads <= masked.blocked:
+    if not blocked & reached:
+        if not reached:
             return "mean"
-    elif not loads & masked.blocked:
-        return "uniform"
-    elif loads <= masked.blocked:
-        return "uniform_s"
+        if not blocked:
+            return "uniform"
+        if reached == {SCORE}:
+            return "uniform_s"
     return Reason(
         "dead_rows_unclear",
         "a tensor is added after the scores were masked, so the weights of a fully masked row depend on it",

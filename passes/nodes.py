@@ -130,6 +130,20 @@ def name_in_place_results(graph: fx.Graph) -> None:
 _MAY_ALIAS = dialect.VIEWS | dialect.CASTS | {"contiguous", "getitem", "index", "dropout"}
 
 
+def written_to(node: fx.Node) -> bool:
+    """Whether something writes to ``node``, itself or through a view of it."""
+    pending, seen = [node], {node}
+    while pending:
+        viewed = pending.pop()
+        for user in viewed.users:
+            if viewed in dialect.writes(user):
+                return True
+            if user not in seen and viewed in _bases(user):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
 class Memory:
     """Who shares memory with whom, and when it is written to.
 

@@ -259,6 +259,9 @@ class Emitter:
         original = nodes.value(region.output)
         if nodes.value(out).dtype != original.dtype:
             out = self.call("to", out, original.dtype)
+        if nodes.written_to(region.output):
+            # The operator keeps its output for the backward, and autograd lets nobody write to a view of it.
+            return self.call("clone", out, memory_format=torch.contiguous_format)
         if nodes.value(out).stride() != original.stride():
             with self._mode or contextlib.nullcontext():
                 seen = _strides_seen(region.output, nodes.value(out))
