@@ -26,3 +26,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+_SCORES: pytest.StashKey[list[tuple[str, bool, bool]]] = pytest.StashKey()
+
+
+@pytest.fixture
+def mutation_score(request):
+    """A list of (mutant, rejected, computes the same all the same) that the summary counts."""
+    return request.config.stash.setdefault(_SCORES, [])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    scores = config.stash.get(_SCORES, [])
+    if scores:
+        rejected = sum(killed for _, killed, _ in scores)
+        harmless = sum(same for _, _, same in scores)
+        wrong = len(scores) - harmless
+        terminalreporter.write_line(
+            f"mutation score: {rejected} / {wrong} wrong rewrites rejected by the proof "
+            f"({harmless} more mutants compute the same function)"
+        )
