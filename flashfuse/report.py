@@ -386,12 +386,12 @@ def _proof_of(check: SiteCheck) -> Iterable[tuple[str, str]]:
             f"p = {primes}, chance of a miss {_bound(proof.failure_bound)} · at {proof.sizes}",
         )
         if proof.uninterpreted:
+            yield "assumes", f"{', '.join(proof.uninterpreted)} uninterpreted"
+        if proof.masks:
             yield (
                 "assumes",
-                f"nothing of {', '.join(proof.uninterpreted)} but equal results for equal arguments",
+                f"{', '.join(proof.masks)} {'is a mask' if len(proof.masks) == 1 else 'are masks'}",
             )
-        if proof.masks:
-            yield "assumes", f"{', '.join(proof.masks)} masks: the weight is 0"
         for assumption in proof.assumptions:
             yield "assumes", assumption
         for cast in proof.casts:

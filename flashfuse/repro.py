@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import re
 import textwrap
@@ -18,7 +19,8 @@ from flashfuse.site import autocast_around, original_graph
 
 _FILE = '''"""FlashFuse {version} and the original differ here: {difference}
 
-    site     {name}, {shape}, {source}
+    site     {name}, {shape}
+    source   {source}
     program  {program}
     kernels  {variant}, torch {torch_version}
 
@@ -95,10 +97,10 @@ def program(plan: Fuse, difference: str) -> str:
         difference=difference.strip().partition("\n")[0],
         name=region.name,
         shape=region.shape,
-        source=re.sub(r"^.*?([^/]+:\d+)", r"\1", region.source),
+        source=re.sub(r"^.*?([^/]+:\d+)", r"\1", region.source) or "not known",
         program=region.program.text,
         variant=plan.selection.variant.name,
-        imports="\n".join(_imports(code.globals)),
+        imports="\n".join(_imports(code.globals, forward)),
         modules=modules,
         forward=textwrap.indent(forward, "    "),
         inputs="\n".join(f"    {_input(node)}," for node in graph.nodes if node.op == "placeholder"),
@@ -106,10 +108,12 @@ def program(plan: Fuse, difference: str) -> str:
     )
 
 
-def _imports(used: dict[str, Any]) -> list[str]:
-    """Import lines for the global names of the code."""
+def _imports(known: dict[str, Any], code: str) -> list[str]:
+    """Import lines for the global names that ``code`` uses."""
     lines = {"import torch", "import flashfuse"}
-    for name, value in used.items():
+    for name, value in known.items():
+        if not re.search(rf"(?<![\w.]){name}\b", code) or getattr(builtins, name, None) is value:
+            continue
         module, qualified = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
         if name in _custom_builtins:
             lines.add(_custom_builtins[name].import_str)
@@ -117,7 +121,7 @@ def _imports(used: dict[str, Any]) -> list[str]:
             lines.add(f"from {module} import {qualified} as {name}")
         else:
             raise NotWritable(f"{value!r} cannot be imported")
-    return sorted(lines, key=lambda line: (line.startswith("from"), line == "import flashfuse", line))
+    return sorted(lines, key=lambda line: (line == "import flashfuse", not line.startswith("from"), line))
 
 
 def _modules(graph: fx.Graph, owner: torch.nn.Module | None) -> str:

@@ -34,7 +34,7 @@ def cut_nodes(region: AttentionRegion) -> dict[fx.Node, str]:
 def site_nodes(region: AttentionRegion) -> Iterator[tuple[fx.Node, bool]]:
     """The user's own nodes from the cut to the output, in graph order: ``(node, is_leaf)``.
 
-    Leaves are the cut, inputs and constants, sizes, and tensors of which only the sizes and the dtype
+    Leaves are the cut, inputs and constants, sizes and other numbers, and tensors of which only the sizes and the dtype
     are read (``zeros_like(hidden)``): what made them is not part of the site.
     """
     leaves: set[fx.Node] = set(cut_nodes(region))
@@ -46,7 +46,7 @@ def site_nodes(region: AttentionRegion) -> Iterator[tuple[fx.Node, bool]]:
         if node in needed:
             continue
         needed.add(node)
-        if node in leaves or node.op in ("placeholder", "get_attr") or _is_size(node):
+        if node in leaves or node.op in ("placeholder", "get_attr") or _is_number(node):
             leaves.add(node)
         elif _reads_sizes(node):
             measured.update(node.all_input_nodes)
@@ -58,8 +58,8 @@ def site_nodes(region: AttentionRegion) -> Iterator[tuple[fx.Node, bool]]:
             yield node, node in leaves
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(nodes.value(node), (int, torch.SymInt))
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(nodes.value(node), (int, float, torch.SymInt, torch.SymFloat))
 
 
 def _reads_sizes(node: fx.Node) -> bool:

@@ -55,6 +55,8 @@ def one_line(capsys):
             "--json /no/such/place/x.json: cannot be written",
         ),
         (["explain", "gpt2", "--json", "/"], "--json /: this is a folder"),
+        (["verify", "gpt2", "--repro", "/dev/null/x"], "--repro /dev/null/x: no files can be put there"),
+        (["explain", "gpt2", "--full"], "unrecognized arguments: --full"),
     ],
 )
 def test_wrong_usage_is_told_before_any_work(argv, says, monkeypatch, capsys):
@@ -108,7 +110,7 @@ def test_explain_in_training(folder, capsys):
 @pytest.mark.parametrize("options", [[], ["--train", "--padded", "--batch", "2"], ["--dtype", "bfloat16"]])
 def test_verify_equal(folder, options, capsys):
     assert cli.main(["verify", folder, "--seq", "24", *options]) == cli.EQUAL
-    assert re.search(r"model: equal, \d\d tensors", capsys.readouterr().out)
+    assert re.search(r"whole model: equal, \d\d tensors", capsys.readouterr().out)
 
 
 def test_verify_of_nothing_is_no_success(folder, monkeypatch, capsys):
@@ -128,6 +130,22 @@ def test_verify_different(folder, monkeypatch, capsys):
     monkeypatch.setattr(module, "forward", wrong)
     assert cli.main(["verify", folder, "--seq", "24"]) == cli.DIFFERENT
     assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_verify_full_writes_reproducers(folder, monkeypatch, tmp_path, capsys):
+    module = dispatch.implementation("cpu")
+    forward = module.forward
+    options = ["verify", folder, "--seq", "24", "--full", "--repro", str(tmp_path / "new")]
+    assert cli.main(options) == cli.EQUAL
+    out, err = capsys.readouterr()
+    assert "Proof: 2 of 2 sites" in out and "2 sites: equal" in out and "peak memory" in out
+    assert "proving" in err and "comparing" in err
+    assert os.listdir(tmp_path / "new") == []
+    monkeypatch.setattr(module, "forward", lambda *args: tuple(1.01 * t for t in forward(*args)))
+    assert cli.main(options) == cli.DIFFERENT
+    (name,) = os.listdir(tmp_path / "new")
+    said = "".join(capsys.readouterr().out.split())
+    assert "check_failed" in said and f"{name}showsthedifference" in said
 
 
 def test_an_error_of_our_own_is_one_line_and_writes_nothing(folder, monkeypatch, tmp_path, capsys):

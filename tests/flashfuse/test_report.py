@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from flashfuse.report import (
     AttentionShape,
+    Certificate,
     CheckItem,
     Cost,
     ModelCheck,
@@ -39,6 +40,20 @@ LEFT = SiteReport(
     status="left",
     reasons=(Reason("weights_escape", "the weights are returned", "model.py:7", "do not return them"),),
     source="model.py:5",
+)
+PROOF = Certificate(
+    ok=True,
+    compared=("out", "dq", "dk", "dv", "dbias"),
+    primes=((2147483579, 1073741789), (2147483579, 1073741789)),
+    seeds=(0, 1),
+    elements=5184,
+    failure_bound=3e-16,
+    sizes="B2 H4 Sq17 D8 standing for B8 H32 Sq4096 D128",
+    uninterpreted=("tanh",),
+    masks=("-3.4e+38",),
+    casts=("the weights stay float32 instead of bfloat16",),
+    assumptions=("`bias` is finite",),
+    elapsed_ms=80.0,
 )
 GOOD = CheckItem("out", 1e-7, 1e-7, 2e-7, True)
 BAD = CheckItem("dq", 3e-7, 1e-7, 2e-7, False)
@@ -73,6 +88,56 @@ def test_public_names():
         "where": "model.py:7",
         "hint": "do not return them",
     }
+
+
+def proved(count, **changes):
+    """Layers with the certificate of the first; it took time only there."""
+    return tuple(
+        dataclasses.replace(
+            site,
+            check=SiteCheck(True, proof=dataclasses.replace(PROOF, elapsed_ms=0.0 if i else 80.0, **changes)),
+        )
+        for i, site in enumerate(layers(count))
+    )
+
+
+def test_a_certificate_is_a_line_for_all_layers():
+    report = Report(proved(12), proof_ms=80.4)
+    text = " ".join(str(report).split())
+    assert "12 attention sites, 12 fused, 12 proved, 0 left" in text and "proofs took 80 ms" in text
+    assert "layers.0…11.attn ×12" in text and text.count("chance of a miss") == 1
+    assert (
+        "proved out, dq, dk, dv, dbias · 2 draws, 5,184 elements, p = 2147483579, chance of a miss < 1e-15 · "
+        "at B2 H4 Sq17 D8 standing for B8 H32 Sq4096 D128" in text
+    )
+    for said in ("tanh uninterpreted", "-3.4e+38 is a mask", "`bias` is finite", "wider the weights stay"):
+        assert said in text
+    assert "Checked against float64" not in text, "no numbers, no section of numbers"
+    check = report.to_dict()["sites"][0]["check"]
+    assert check["proof"]["primes"][0] == [2147483579, 1073741789] and report.to_dict()["num_proved"] == 12
+    model = ModelCheck(True, (GOOD,), proved(12), ("without dropout",), peak_bytes=5_000_000, proof_ms=80.4)
+    text = str(model)
+    assert "Proof: 12 of 12 sites, 80 ms" in text and text.count("chance of a miss") == 1
+    assert "whole model: equal, 1 tensor, largest error 0.50 of its limit (out); without dropout" in text
+    assert "peak memory of the verification: 5.0 MB" in text
+
+
+def test_what_is_not_proved_is_told():
+    check = SiteCheck(True, (GOOD,), not_proved="`sort` has no meaning")
+    report = Report((dataclasses.replace(FUSED, check=check),))
+    assert "1 fused, 0 proved, 0 left" in str(report)
+    assert "not proved (`sort` has no meaning); compared numerically" in str(report)
+    failed = dataclasses.replace(PROOF, ok=False, difference="dq[0, 1]: 3 instead of 4")
+    report = Report((dataclasses.replace(LEFT, check=SiteCheck(False, proof=failed)),))
+    assert not report.ok and "dq[0, 1]: 3 instead of 4" in str(report)
+    split = (*proved(2), dataclasses.replace(layers(3)[2], check=check))
+    assert str(Report(split)).count("s*0.125") == 2, "what is proved is not folded with what is not"
+
+
+@pytest.mark.parametrize("rule", ["uniform", "uniform_s", "mean"])
+def test_averaging_dead_rows_are_told(rule):
+    site = dataclasses.replace(FUSED, dead_rows=rule)
+    assert "a row without keys gives the mean of v" in str(Report((site,)))
 
 
 def test_identical_layers_are_one_entry():
