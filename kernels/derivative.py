@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from flashfuse.kernels.expr import (
@@ -33,6 +34,7 @@ _OF_UNARY: dict[str, Callable[[Expr, Expr], Expr]] = {
 }
 
 
+@functools.lru_cache(maxsize=1024)
 def derivative(e: Expr, leaf: Expr) -> Expr:
     """``d e / d leaf``, where ``leaf`` is a variable or a load taken as one variable.
 

@@ -8,6 +8,7 @@ or full when it is not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -66,7 +67,12 @@ def needs_elements(mask: Expr) -> bool:
 
 def bounds(mask: Expr, kinds: Mapping[str, str]) -> BlockBounds:
     """The two block conditions of ``mask``; ``kinds`` as for ``codegen.kind_of``."""
-    visitor = _Bounds(kinds)
+    return _bounds(mask, tuple(sorted(kinds.items())))
+
+
+@functools.lru_cache(maxsize=1024)
+def _bounds(mask: Expr, kinds: tuple[tuple[str, str], ...]) -> BlockBounds:
+    visitor = _Bounds(dict(kinds))
     full, some = visitor.condition(truth(mask))
     return BlockBounds(full, some, tuple(visitor.ranges))
 

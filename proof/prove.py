@@ -217,7 +217,8 @@ class _Comparison:
             name = self.names.get(node, node.name)
             via = {name: bits_of(example.dtype)}
             drawn = self.draw.random(own)
-            if self.rows == "masked" and _is_real_mask(self.region.program, name):
+            program = self.region.program
+            if self.rows == "masked" and program.mask is None and name in _added(program):
                 drawn = drawn.where(self.conditions(own), -math.inf)
             made = FieldTensor.of(_laid_out(drawn, example), example.dtype, via)
             return made.requires_grad_().expand(shape) if any(expanded) else made.requires_grad_()
@@ -313,12 +314,10 @@ def _laid_out(value: Value, example: Tensor) -> Value:
     return value.map(lambda t: t.permute(order).contiguous().permute(back))
 
 
-def _is_real_mask(program: ScoreProgram, name: str) -> bool:
-    """Whether a captured real is added to the score and may be a mask, of −∞ where there is no key."""
-    score = program.score
-    terms = score.operands if score.op == "+" else ()
-    added = any(t.op == "load" and t.args[0] == name for t in terms)
-    return added and program.dead_rows in ("nan", "zero")
+def _added(program: ScoreProgram) -> tuple[str, ...]:
+    """Captured reals that are added to the score, as masks of −∞ and biases are."""
+    terms = program.score.operands if program.score.op == "+" else ()
+    return tuple(t.args[0] for t in terms if t.op == "load")
 
 
 def _is_position(program: ScoreProgram, name: str) -> bool:
@@ -341,7 +340,9 @@ def _certificate(
     draws = [c.draw for c in comparisons]
     difference = next((f.difference for f in found if f.difference), "")
     kv_len = sizes(region.shape.kv_len)
-    assumptions = [*_absorbed(draws, region)]
+    assumptions = _absorbed(draws)
+    program = region.program
+    assumptions += [f"`{name}` is finite" for name in _added(program) if program.mask is not None]
     if any(c.not_compared for c in comparisons):
         assumptions.append("gradients that are NaN in the original are not compared")
     return Certificate(
@@ -362,7 +363,7 @@ def _certificate(
     )
 
 
-def _absorbed(draws: Sequence[Draw], region: AttentionRegion) -> list[str]:
+def _absorbed(draws: Sequence[Draw]) -> list[str]:
     """Masks beside which large scores would still be seen in a row without a key."""
     constants = dict.fromkeys(c for d in draws for c in d.masks if abs(c) < 1e30)
     return [f"scores below {ABSORBED:.0f} are lost beside {c:.4g}" for c in constants]

@@ -127,6 +127,9 @@ class Tiled:
         partial = full if bool(full.all()) else full | self.mask(rows, columns)
         return (partial & (state != EMPTY)).expand(shape)
 
+    def masked(self, x: Value, allowed: Tensor) -> Value:
+        return x if bool(allowed.all()) else x.where(allowed, -math.inf)
+
     def mask(self, rows: Block, columns: Block) -> Tensor:
         assert self.program.mask is not None
         return truth(evaluate(self.program.mask, self.environment(rows, columns), self.draw, self.dtype))
@@ -159,7 +162,7 @@ class Tiled:
             if allowed is None:
                 continue
             env = self.environment(rows, columns) | {"s": self.products(rows, columns)}
-            x = self.evaluated(self.program.score, env).where(allowed, -math.inf)
+            x = self.masked(self.evaluated(self.program.score, env), allowed)
             top = self.highest(m, x)
             weights, rescale = self.weights(x, top), self.weights(m, top)
             l = l * rescale + weights.sum((-1,), True)
@@ -184,15 +187,16 @@ class Tiled:
 
     def highest(self, m: Value, x: Value) -> Value:
         """A new maximum: any number, at the highest level met."""
-        level = torch.zeros(m.shape, dtype=torch.float64) if m.level is None else m.level
-        here = torch.zeros((), dtype=torch.float64) if x.level is None else x.level.amax(-1, keepdim=True)
         fresh = torch.randint(1, self.draw.q, (2, *m.shape), generator=self.draw.others)
-        return Value(self.draw, fresh[0], fresh[1], torch.maximum(level, here))
+        levels = [None if t is None else t.amax(-1, keepdim=True) for t in (m.level, x.level)]
+        level = torch.maximum(*levels) if None not in levels else None
+        return Value(self.draw, fresh[0], fresh[1], level if level is not None and level.any() else None)
 
     def weights(self, x: Value, m: Value) -> Value:
         """e^(x − m); while a row has seen no key, 0 stands for its maximum."""
-        none = torch.zeros((), dtype=torch.bool) if m.level is None else m.level == -math.inf
-        return (x - m.where(~none, 0)).rounded(self.dtype).exp()
+        if m.level is not None:
+            m = m.where(m.level != -math.inf, 0)
+        return (x - m).rounded(self.dtype).exp()
 
     def dead_rows_out(self, out: Value, l: Value) -> Value:
         dead = l.p == 0
@@ -259,7 +263,7 @@ class Tiled:
             weights = self.uniform_weights().where(dead, 0)
         else:
             normal = row(l).where(~dead[:, :, r], 1)
-            weights = (self.weights(x.where(allowed, -math.inf), row(m)) / normal).where(~dead[:, :, r], 0)
+            weights = (self.weights(self.masked(x, allowed), row(m)) / normal).where(~dead[:, :, r], 0)
         v = self.v_of_heads.map(lambda t: t[:, :, c].transpose(-1, -2))
         dp = self.kept(row(do) @ v, r, c)
         dx = weights * (dp - row(delta))
