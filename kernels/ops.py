@@ -174,7 +174,12 @@ def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
     if do is None:
         return None, None, None, [None] * len(captures), no_ints, no_maps, None, None, None, None
     needs = ctx.needs_input_grad[3]
-    wanted = [i for i in range(len(captures)) if (needs[i] if isinstance(needs, (list, tuple)) else needs)]
+    program = ScoreProgram.parse(ctx.program)
+    wanted = [
+        i
+        for i, name in enumerate(program.captures)
+        if name in program.differentiable and (needs[i] if isinstance(needs, (list, tuple)) else needs)
+    ]
     dq, dk, dv, *dcaptures = torch.ops.flashfuse.attention_backward(
         do, q, k, v, out, lse, captures, ctx.ints, maps, seed, ctx.program, ctx.dropout_p, ctx.variant, wanted
     )

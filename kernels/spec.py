@@ -16,6 +16,7 @@ from flashfuse.kernels.expr import (
     Expr,
     S,
     contains,
+    is_bool,
     parse,
     truth,
     variables,
@@ -108,6 +109,19 @@ class ScoreProgram:
     def captures(self) -> tuple[str, ...]:
         """Names of the captured tensors, in the order of their first appearance in the text."""
         return self._names("load")
+
+    @functools.cached_property
+    def differentiable(self) -> frozenset[str]:
+        """Names of the captures that the score has a derivative in: not those of conditions only."""
+        found: set[str] = set()
+        pending = [self.score]
+        while pending:
+            e = pending.pop()
+            if e.op == "load":
+                found.add(e.args[0])
+            elif e.op != "var" and not e.is_const and not is_bool(e):
+                pending += e.args[1:] if e.op == "where" else e.args
+        return frozenset(found)
 
     @functools.cached_property
     def ints(self) -> tuple[str, ...]:

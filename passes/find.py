@@ -14,7 +14,7 @@ from torch import fx
 
 from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import KV, B, Expr, H, Q, S, const
-from flashfuse.kernels.spec import Reason
+from flashfuse.kernels.spec import AVERAGING, Reason
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable, source_index
@@ -189,10 +189,15 @@ class WeightedSum(Candidate):
                     nodes.source(self.node),
                 )
             )
-        return _region(
+        region = _region(
             self, frame, self.found.input, index, Operand(v, v_index), chain, dropout_p, memory, live,
             self.found.zero_dead_rows,
         )  # fmt: skip
+        if not self.found.shifted and region.program.dead_rows in AVERAGING:
+            message = "this softmax does not give the mean in a row of equal finite minima"
+            hint = "subtract the row's maximum first, or use torch.softmax"
+            raise Refused(Reason("dead_rows_unclear", message, nodes.source(self.found.output), hint))
+        return region
 
     def _follow(self, weights: fx.Node, index: Index, lift: Lift) -> tuple[list[fx.Node], Index, float]:
         """From the operand of the product up to the softmax: nodes passed, index there, dropout."""

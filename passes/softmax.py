@@ -19,13 +19,19 @@ from flashfuse.passes.nodes import same, shape
 
 @dataclass(frozen=True)
 class Softmax:
-    """What is normalised, and along which dimension."""
+    """What is normalised, and along which dimension.
+
+    ``shifted``: the exponential is taken of differences to the largest score, so that a row of equal
+    finite minima has equal weights.  ``exp(x) / sum(exp(x))`` gives NaN there, ``exp(x - logsumexp(x))``
+    weights of 1.
+    """
 
     output: fx.Node
     input: fx.Node
     dim: int
     parts: tuple[fx.Node, ...]
     zero_dead_rows: bool = False
+    shifted: bool = True
 
 
 def read_softmax(node: fx.Node) -> Softmax | None:
@@ -94,7 +100,7 @@ def _exponential_of_log(node: fx.Node, op: Op) -> Softmax | None:
     if logs.name == "sub" and logs.get("alpha", 1) == 1:
         total = _row_reduction(logs.args["other"], ("logsumexp",), x)
         if total is not None:
-            return Softmax(node, x, total[0], (node, op.input, *total[1]))
+            return Softmax(node, x, total[0], (node, op.input, *total[1]), shifted=False)
     return None
 
 
@@ -118,7 +124,7 @@ def _decomposed(node: fx.Node, op: Op) -> Softmax | None:
         peak = _row_reduction(shifted.args["other"], ("amax", "max"), above)
         if peak is not None and peak[0] == dim:
             return Softmax(node, above, dim, (*parts, x, *peak[1]))
-    return Softmax(node, x, dim, parts)
+    return Softmax(node, x, dim, parts, shifted=False)
 
 
 def _row_reduction(node: Any, names: tuple[str, ...], x: Any) -> tuple[int, tuple[fx.Node, ...]] | None:

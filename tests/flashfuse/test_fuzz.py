@@ -88,3 +88,23 @@ def test_dead_rows_of_a_bias_before_the_fill():
         "return torch.softmax(scores, -1) @ v",
     )
     assert is_fused(attention(*lines, **DEAD_ROW, bias="torch.randn(5, 5)"))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True))", "e / e.sum(-1, keepdim=True)"],
+)
+def test_dead_rows_of_softmaxes_without_the_maximum(weights):
+    """Of equal finite minima ``exp(x - logsumexp(x))`` makes ones, ``exp(x) / sum`` NaN; ours the mean."""
+    lines = "scores = (q @ k.mT).masked_fill(~mask, -1e9)", "e = scores.exp()", f"return ({weights}) @ v"
+    assert attention(*lines, **DEAD_ROW) == Outcome(left=("dead_rows_unclear",))
+
+
+def test_float_mask_read_as_a_condition():
+    """Where q is NaN, a float padding mask that is only compared got a gradient of NaN instead of none."""
+    lines = (
+        "q = q + q.detach() * torch.nan",
+        "scores = (q @ k.mT).masked_fill(pad[:, None, None, :] == 0, -torch.inf)",
+        "return torch.softmax(scores, -1) @ v",
+    )
+    assert is_fused(attention(*lines, pad="torch.ones(2, 5)"))
