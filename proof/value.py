@@ -19,7 +19,7 @@ from flashfuse.proof import field as F
 from flashfuse.proof.certificate import NotProvable
 
 MASK_LEVEL = 65504.0
-"""Constants at least this large are levels; it is the largest of float16, and e^−32752 is 0 in every dtype."""
+"""Constants at least this large are levels: the largest of float16; e^−32752 is 0 in every dtype."""
 ABSORBED = 32.0
 """Scores up to this are taken to be lost beside a level whose rounding is larger."""
 MAX_CONSTANTS = 20_000
