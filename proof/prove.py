@@ -340,9 +340,12 @@ def _certificate(
     draws = [c.draw for c in comparisons]
     difference = next((f.difference for f in found if f.difference), "")
     kv_len = sizes(region.shape.kv_len)
+    described, smaller = _sizes(region, sizes)
     assumptions = _absorbed(draws)
     program = region.program
     assumptions += [f"`{name}` is finite" for name in _added(program) if program.mask is not None]
+    if _real_positions(program) and smaller:
+        assumptions.append("conditions on real functions of positions hold beyond the smaller sizes too")
     if any(c.not_compared for c in comparisons):
         assumptions.append("gradients that are NaN in the original are not compared")
     return Certificate(
@@ -353,7 +356,7 @@ def _certificate(
         elements=sum(f.elements for f in found),
         # An element is a fraction of polynomials with a few terms for each key (Schwartz–Zippel).
         failure_bound=math.prod(8 * kv_len / d.q for d in draws),
-        sizes=_sizes(region, sizes),
+        sizes=described,
         uninterpreted=tuple(dict.fromkeys(name for d in draws for name in d.uninterpreted)),
         masks=tuple(dict.fromkeys(f"{c:.4g}" for d in draws for c in d.masks if math.isfinite(c))),
         casts=tuple(dict.fromkeys(text for f in found for text in f.wider)),
@@ -363,14 +366,29 @@ def _certificate(
     )
 
 
+def _real_positions(program: ScoreProgram) -> bool:
+    """Whether a condition compares real numbers made of positions, such as ``(kv - q)*0.1 < 3.2``."""
+    everything = [n for e in (program.score, program.mask) if e is not None for n in E.walk(e)]
+    sides = [a for n in everything if n.op in E.COMPARISONS for a in n.operands if not E.is_integral(a)]
+    return any(_places(a) for a in sides)
+
+
+def _places(e: E.Expr) -> bool:
+    """Whether a position is in ``e``, other than as the index of a load."""
+    return e in (E.Q, E.KV) or (e.op != "load" and any(map(_places, e.operands)))
+
+
 def _absorbed(draws: Sequence[Draw]) -> list[str]:
     """Masks beside which large scores would still be seen in a row without a key."""
     constants = dict.fromkeys(c for d in draws for c in d.masks if abs(c) < 1e30)
     return [f"scores below {ABSORBED:.0f} are lost beside {c:.4g}" for c in constants]
 
 
-def _sizes(region: AttentionRegion, sizes: Shrink) -> str:
+def _sizes(region: AttentionRegion, sizes: Shrink) -> tuple[str, bool]:
+    """The sizes of the draws, and whether they are smaller than the site's."""
     s = region.shape
     names = ("batch", "num_q_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim")
     smaller = str(dataclasses.replace(s, **{name: sizes(getattr(s, name)) for name in names}))
-    return smaller if smaller == str(s) else f"{smaller.rpartition(' ')[0]} standing for {s}"
+    if smaller == str(s):
+        return smaller, False
+    return f"{smaller.rpartition(' ')[0]} standing for {s}", True
