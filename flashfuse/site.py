@@ -143,7 +143,10 @@ class Site:
         """Outputs and gradients under the rule on every set of inputs, and twice for the same bits."""
         items: tuple[CheckItem, ...] = ()
         for kind in input_sets(self):
-            huge = magnitudes(*self.arguments(kind.inputs)[:5], self.program) if kind.is_huge else None
+            huge = None
+            if kind.is_huge:
+                q, k, v, captures, ints = self.arguments(kind.inputs)[:5]
+                huge = magnitudes(q, k, v, captures, ints, self.program)
             try:
                 items += check_runs(
                     self.original, self.ours, self.reference, kind.inputs, self.names, True, kind.name, huge,
