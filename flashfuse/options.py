@@ -27,7 +27,7 @@ class Options:
     """
 
     inner: Any = "inductor"
-    verify: Verify = "off"
+    verify: Verify = "proof"
     repro: Path | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
