@@ -103,9 +103,17 @@ def with_example_values(gm: fx.GraphModule, example_args: Sequence[object]) -> f
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+    class WithNumbers(FakeTensorProp):
+        """Sizes that a graph reads are kept as well; PyTorch 2.11 does so for tensors only."""
+
+        def run_node(self, n: fx.Node) -> object:
+            result = super().run_node(n)
+            n.meta.setdefault("val", result)
+            return result
+
     copied = copy_graph_module(gm)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    FakeTensorProp(copied, mode).propagate(*example_args)
+    WithNumbers(copied, mode).propagate(*example_args)
     return copied
 
 

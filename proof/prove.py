@@ -25,7 +25,7 @@ from flashfuse.proof.run import Env, Runner
 from flashfuse.proof.shrink import Shrink, shrink, unchanged
 from flashfuse.proof.tensor import FieldTensor, bits_of
 from flashfuse.proof.tiled import Tiled
-from flashfuse.proof.value import ABSORBED, Draw, Value
+from flashfuse.proof.value import Draw, Value
 
 DRAWS = 2
 MAX_UNSHRUNK = 1 << 16
@@ -227,17 +227,21 @@ class _Comparison:
         return self.integers(node, own).to(example.dtype).expand(shape)
 
     def conditions(self, shape: tuple[int, ...]) -> Tensor:
-        """Rows of conditions: some, none and all true in turn."""
+        """Rows of conditions: some, none and all true in turn; columns in every other draw."""
         if self.rows == "alive":
             return torch.ones(shape, dtype=torch.bool)
+        if self.rows == "masked" and len(shape) > 1 and min(shape[-2:]) > 1:
+            return self.by_rows((*shape[:-2], shape[-1], shape[-2])).transpose(-1, -2)
+        return self.by_rows(shape)
+
+    def by_rows(self, shape: tuple[int, ...]) -> Tensor:
         drawn = torch.rand(shape, generator=self.draw.inputs) < 0.6
         if not shape:
             return drawn
         rows = drawn.view(-1, shape[-1])
         rows[:, 0] &= torch.rand(len(rows), generator=self.draw.inputs) < 0.5
-        shift = self.seed
-        for i in range(len(rows)):
-            kind = (i + shift) % 3 if len(rows) > 1 else 0
+        for i in range(len(rows)) if len(rows) > 1 else ():
+            kind = (i + self.seed) % 3
             if kind:
                 rows[i] = kind == 2
         return drawn
@@ -380,8 +384,8 @@ def _places(e: E.Expr) -> bool:
 
 def _absorbed(draws: Sequence[Draw]) -> list[str]:
     """Masks beside which large scores would still be seen in a row without a key."""
-    constants = dict.fromkeys(c for d in draws for c in d.masks if abs(c) < 1e30)
-    return [f"scores below {ABSORBED:.0f} are lost beside {c:.4g}" for c in constants]
+    lost = {c: size for d in draws for c, size in d.masks.items() if size < 1e4}
+    return [f"scores below {size:.3g} are lost beside {c:.4g}" for c, size in lost.items()]
 
 
 def _sizes(region: AttentionRegion, sizes: Shrink) -> tuple[str, bool]:

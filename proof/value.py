@@ -19,9 +19,11 @@ from flashfuse.proof import field as F
 from flashfuse.proof.certificate import NotProvable
 
 MASK_LEVEL = 65504.0
-"""Constants at least this large are levels: the largest of float16; e^−32752 is 0 in every dtype."""
-ABSORBED = 32.0
-"""Scores up to this are taken to be lost beside a level whose rounding is larger."""
+"""Constants at least this large are levels: the largest of float16."""
+MASKED_OUT = -1000.0
+"""Levels this far below the highest have the weight 0: e^−1000 is 0 in every dtype."""
+ABSORBING = 1.0
+"""Beside a level that is rounded to multiples of this, scores are taken to be lost."""
 MAX_CONSTANTS = 20_000
 
 Operand: TypeAlias = "Value | Tensor | int | float"
@@ -39,8 +41,8 @@ class Draw:
     others: torch.Generator
     constants: F.Constants
     uninterpreted: dict[str, None] = field(default_factory=dict)
-    masks: dict[float, None] = field(default_factory=dict)
-    absorbed: dict[float, None] = field(default_factory=dict)
+    masks: dict[float, float] = field(default_factory=dict)
+    """Constants taken as masks, and the size of the scores that are lost beside each."""
     precision: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Mantissa and exponent bits with which each input reaches a product or the softmax."""
     _numbers: dict[float, Value] = field(default_factory=dict)
@@ -232,9 +234,10 @@ class Value:
         if not self.has_levels:
             return Value(self.draw, self.p, self.q, None, self.real, self.factor)
         level = self.level.to(dtype).double()
-        absorbing = (level != 0) & ~(level.abs() * torch.finfo(dtype).eps < ABSORBED)
-        for c in level[absorbing].unique().tolist():
-            self.draw.masks[c] = None
+        rounding = level.abs() * torch.finfo(dtype).eps / 2
+        absorbing = (level != 0) & ~(rounding < ABSORBING)
+        for c, lost in zip(level[absorbing].tolist(), rounding[absorbing].tolist(), strict=True):
+            self.draw.masks[c] = min(lost / 2, self.draw.masks.get(c, math.inf))
         if self.real is not None:
             return Value(self.draw, self.p, self.q, level, self.real)
         p = self.p.masked_fill(absorbing, 0)
@@ -252,7 +255,7 @@ class Value:
         if not self.has_levels:
             return Value(draw, p)
         assert self.level is not None
-        nan, low = self.level.isnan(), self.level <= -MASK_LEVEL / 2
+        nan, low = self.level.isnan(), self.level <= MASKED_OUT
         if not bool((nan | low | (self.level == 0)).all()):
             raise NotProvable("an exponential of a huge number")
         level = torch.where(nan, math.nan, 0.0).double() if bool(nan.any()) else None
