@@ -390,6 +390,7 @@ class TileValues(dict[str, Value]):
     def tensor(self, e: Expr) -> Tensor:
         """``e`` as a tensor of four axes that broadcasts over the tile."""
         value = torch.as_tensor(evaluate(e, self))
+        value = value.to(self.dtype) if value.is_floating_point() else value
         return value[(None,) * (4 - value.dim())]
 
     def _load(self, load: Load) -> Tensor:

@@ -70,7 +70,11 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
         if op in COMPARISONS:
             return COMPARISONS[op](values[0], values[1])
         device = next((v.device for v in values if isinstance(v, Tensor)), None)
-        tensors = [torch.as_tensor(v, device=device) for v in values]
+        # A choice between two numbers must not be one of float32, whatever it is multiplied by later.
+        tensors = [
+            torch.as_tensor(v, dtype=torch.float64 if isinstance(v, float) else None, device=device)
+            for v in values
+        ]
         if op in ("min", "max"):
             return (torch.minimum if op == "min" else torch.maximum)(tensors[0], tensors[1])
         if op == "where":

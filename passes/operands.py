@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import fx
 
 from flashfuse.kernels import expr as E
-from flashfuse.kernels.expr import B, Expr, H, const
+from flashfuse.kernels.expr import KV, B, Expr, H, Q, const
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.indices import Index, NotLiftable, source_index
 from flashfuse.passes.lift import Lift
 from flashfuse.passes.nodes import Size, same, shape
+from flashfuse.passes.rules import SUMMED
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def source(operand: Operand, length: Size, lift: Lift) -> Operand | None:
         length: of the index ``d``: the head dimension for q and k, that of the output for v.
     """
     lift.bounds["d"] = length
+    # Batch and heads may be broadcast inside the kernels, rows and columns may not.
+    own = [e for e in (Q, KV, SUMMED) if _runs_over(operand.index, e) and not same(lift.bounds[e.args[0]], 1)]
     best = operand if is_view(operand, lift) else None
     node, index = operand.node, operand.index
     while True:
@@ -132,6 +135,12 @@ def source(operand: Operand, length: Size, lift: Lift) -> Operand | None:
         if moved is None or not isinstance(parent, fx.Node):
             break
         node, index = parent, tuple(lift.simplify(e) for e in moved)
+        if not all(_runs_over(index, e) for e in own):
+            break
         if is_view(Operand(node, index), lift):
             best = Operand(node, index)
     return best
+
+
+def _runs_over(index: Index, variable: Expr) -> bool:
+    return any(E.contains(e, variable) for e in index)

@@ -271,7 +271,7 @@ def _chosen(w: Writer, scores: Value, allowed: str, fill: str) -> Value:
 
 def _added(w: Writer, scores: Value, allowed: str, fill: str) -> Value:
     numbers = w.pick(
-        f"torch.where({allowed}, 0.0, {fill}).to({scores.dtype})",
+        f"torch.where({allowed}, 0.0, torch.tensor({fill}, dtype={scores.dtype}))",
         f"torch.zeros({allowed}.shape, dtype={scores.dtype}).masked_fill(~{allowed}, {fill})"
         if w.capture == "dynamo"
         else f"torch.zeros_like({scores}).masked_fill(~{allowed}, {fill})",

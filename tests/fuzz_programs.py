@@ -29,8 +29,10 @@ class Operands:
 @st.composite
 def programs(draw: Callable[[Any], Any]) -> Program:
     """Programs that run: whatever is drawn is valid by construction."""
-    w = Writer(draw, draw(st.sampled_from(("symbolic", "symbolic", "dynamo", "dynamo", "dynamo", "export"))))
-    dtype = w.pick(*[torch.float32] * 7, torch.bfloat16, torch.float16, torch.float64)
+    # Dynamo and export take most of the time.
+    w = Writer(draw, draw(st.sampled_from(["symbolic"] * 5 + ["dynamo"] * 4 + ["export"])))
+    # The reference of float64 is no more exact than the original: little can be said of it.
+    dtype = w.pick(*[torch.float32] * 28, *[torch.bfloat16, torch.float16] * 4, torch.float64)
     _draw_sizes(w)
     out, extra = site(w, operands(w, dtype))
     for _ in range(w.pick(0, 0, 0, 1, 2)):
@@ -386,7 +388,7 @@ def _bmm(w: Writer, q: Value, k: Value) -> Value:
 
 def _baddbmm(w: Writer, q: Value, k: Value) -> Value:
     axes = q.axes[0] + "qk"
-    kept = "".join(a if w.chance(60) else ONE for a in axes)
+    kept = "".join(a if a == "k" or w.chance(60) else ONE for a in axes)
     added = w.normal("bias", kept, q.dtype)
     beta, alpha = w.pick("1", "0.5", "0", "1.0"), w.pick("1", "0.25", "0.5")
     factors = w.pick(f", beta={beta}, alpha={alpha}", "")
@@ -437,7 +439,9 @@ def _matmul_with_v(w: Writer, weights: Value, v: Value, lead: str) -> Value:
 
 def softmax(w: Writer, scores: Value) -> Value:
     axis = scores.axes.index("k")
-    if w.chance(4):
+    biased = any(name.startswith(("bias", "slopes", "table")) for name, _ in w.inputs)
+    if not biased and w.chance(8):
+        # Along another axis a bias of the keys may have no gradient but rounding errors.
         axis = w.integer(0, len(scores.axes) - 1)
     dim = w.pick(axis - len(scores.axes), axis)
     if scores.dtype in (torch.bfloat16, torch.float16) and w.chance(50):

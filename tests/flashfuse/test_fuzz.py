@@ -90,6 +90,25 @@ def test_dead_rows_of_a_bias_before_the_fill():
     assert is_fused(attention(*lines, **DEAD_ROW, bias="torch.randn(5, 5)"))
 
 
+def test_columns_broadcast():
+    """q and k were read before an expansion of the dimension that the product sums over: a crash."""
+    lines = "k = k.expand(2, 3, 5, 4)", "return torch.softmax(q @ k.mT, -1) @ v"
+    assert is_fused(attention(*lines, k="torch.randn(2, 3, 5, 1)"))
+
+
+def test_rows_broadcast():
+    """The same for an expansion of the keys."""
+    lines = "k = k.expand(2, 3, 5, 4)", "return torch.softmax(q @ k.mT + bias, -1) @ v"
+    assert is_fused(attention(*lines, k="torch.randn(2, 3, 1, 4)", bias="torch.randn(5, 5)"))
+
+
+@pytest.mark.parametrize("dtype", ["double", "float", "bfloat16"])
+def test_constants_of_float64(dtype):
+    """Derivatives that choose between two numbers, as that of a clamp does, rounded them to float32."""
+    lines = "scores = (q @ k.mT).clamp(-2.0, 2.0) * 0.1", "return torch.softmax(scores, -1) @ v"
+    assert is_fused(attention(*lines, **{name: f"{text}.{dtype}()" for name, text in QKV.items()}))
+
+
 @pytest.mark.parametrize(
     "weights",
     ["torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True))", "e / e.sum(-1, keepdim=True)"],
