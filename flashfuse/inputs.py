@@ -36,22 +36,26 @@ class InputSet:
     """One set of inputs of a site.
 
     Attributes:
-        is_huge: gradients are differences of much larger numbers.
+        cancels: gradients are differences of larger numbers: an eager softmax cancels exactly where a row
+            has one weight, a fused backward to a rounding.
+        flushes: GPUs may take the numbers for 0.
         may_not_run: the original itself may refuse these inputs.
     """
 
     name: str
     inputs: list[Any]
-    is_huge: bool = False
+    cancels: bool = False
+    flushes: bool = False
     may_not_run: bool = False
 
 
 def input_sets(site: Site) -> Iterator[InputSet]:
     """Every set that says something about ``site``."""
     yield InputSet("", site.random_inputs())
-    yield InputSet("scores of 1e4", site.random_inputs({"q": scaled(100), "k": scaled(100)}), is_huge=True)
+    huge = scaled(_factor_of_huge(site))
+    yield InputSet("scores of 1e4", site.random_inputs({"q": huge, "k": huge}), cancels=True)
     yield InputSet("ties", site.random_inputs({"q": scaled(0), "k": scaled(0)}))
-    yield InputSet("subnormal", site.random_inputs(dict.fromkeys(("q", "k", "v"), subnormal)))
+    yield InputSet("subnormal", site.random_inputs(dict.fromkeys("qkv", subnormal)), flushes=True)
     strides: dict[str, Draw] = {"q": transposed, "k": broadcast, "v": gapped}
     yield InputSet("other strides", site.random_inputs(strides), may_not_run=True)
     yield from _stored_masks(site)
@@ -115,6 +119,21 @@ def _laid_out(drawn: Tensor, example: Tensor) -> Tensor:
     return laid_out.to(example.device, example.dtype).expand(example.shape)
 
 
+def _factor_of_huge(site: Site) -> float:
+    """What q and k are multiplied by for the largest score to be about 10⁴.
+
+    The product of q and k itself stays in the range of the dtype, which float16 has little of.
+    """
+    q, k, _, captures, ints = site.arguments(site.random_inputs())[:5]
+    sizes = (*q.shape[:3], k.shape[2])
+    products = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    env = environment(site.program, captures, ints, sizes, q.device) | {"s": products}
+    scores = torch.as_tensor(evaluate(site.program.score, env))
+    room = torch.finfo(site.computed_in).max / 2 / float(products.abs().max())
+    wanted = 1e4 / float(scores[scores.isfinite()].abs().max())
+    return min(100.0, math.sqrt(room), math.sqrt(wanted)) if wanted > 1 else 1.0
+
+
 # --- rows of one key, and of none ---------------------------------------------------------------
 
 
@@ -148,7 +167,7 @@ def _stored_masks(site: Site) -> Iterator[InputSet]:
         for name, count in list(wanted.items()):
             if bool((counts == count).any()) and bool((counts <= max(count, 1)).all()):
                 del wanted[name]
-                yield InputSet(name, inputs)
+                yield InputSet(name, inputs, cancels=count == 1)
                 break
 
 
@@ -201,7 +220,7 @@ def _infinite(site: Site) -> Iterator[InputSet]:
                 continue
             inputs = site.random_inputs(dict.fromkeys(names, draw) | dict.fromkeys(masks, pattern))
             if _answered_alike(site, inputs, one_key=draw in one_key):
-                yield InputSet(title, inputs)
+                yield InputSet(title, inputs, cancels=draw in one_key)
                 break
 
 
