@@ -525,7 +525,10 @@ def library_call(w: Writer, given: Operands) -> Value:
     mask = w.pick("", "bool", "float", "causal")
     if mask == "bool":
         allowed = w.let("allowed", condition(w, scores), "", torch.bool)
-        arguments.append(w.pick(f"attn_mask={allowed}", f"{allowed}"))
+        # A mask of one dimension is broadcast everywhere but here.
+        rows = f"torch.full(({w.sizes['q']}, 1), True)"
+        mask = w.pick(f"{allowed}.expand({w.shape(scores.axes)})", f"{allowed} & {rows}")
+        arguments.append(w.pick(f"attn_mask={mask}", mask))
     elif mask == "float":
         kept = "".join(a if w.chance(60) else ONE for a in scores.axes[:-2]) + "qk"
         arguments.append(f"attn_mask={w.normal('bias', kept, q.dtype)}")
