@@ -26,6 +26,8 @@ import torch
 from flashfuse.bench import machine_line
 
 CHUNK = 250
+EXAMPLES = 20
+"""Programs of each kind that the record keeps; failures are all kept."""
 TESTS = Path(__file__).parent.parent / "tests"
 MODULES = ("fuzz_code", "fuzz_masks", "fuzz_programs", "fuzz_property")
 VERSIONS = ("torch", "hypothesis", "flashfuse")
@@ -51,7 +53,7 @@ def run_chunk(seed: int, examples: int) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     left: Counter[str] = Counter()
     failures: list[dict[str, str]] = []
-    doubts: list[dict[str, str]] = []
+    seen: dict[str, list[dict[str, str]]] = {"caught": [], "doubt": [], "nan": []}
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -80,14 +82,16 @@ def run_chunk(seed: int, examples: int) -> dict[str, Any]:
         if found.failure:
             counts[found.failure.partition(":")[0]] += 1
             failures.append({"what": found.failure, "program": str(program)})
-        if found.doubt:
-            counts["doubtful"] += 1
-            doubts.append({"what": found.doubt, "program": str(program)})
+        for kind, listed in seen.items():
+            what = getattr(found, kind)
+            if what:
+                counts[kind] += 1
+                listed.append({"what": what, "program": str(program)})
 
     start = time.perf_counter()
     run()
     seconds = time.perf_counter() - start
-    return {"counts": counts, "left": left, "failures": failures, "doubts": doubts, "seconds": seconds}
+    return {"counts": counts, "left": left, "failures": failures, "seen": seen, "seconds": seconds}
 
 
 def chunks(options: argparse.Namespace) -> list[tuple[int, int]]:
@@ -137,7 +141,10 @@ def summary(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[
         "left": dict(left.most_common()),
         "seconds": round(sum(result["seconds"] for result in results), 1),
         "failures": [failure for result in results for failure in result["failures"]],
-        "doubts": [doubt for result in results for doubt in result["doubts"]],
+        "examples": {
+            kind: [example for result in results for example in result["seen"][kind]][:EXAMPLES]
+            for kind in ("caught", "doubt", "nan")
+        },
     }
 
 
@@ -154,9 +161,9 @@ def page(record: dict[str, Any]) -> str:
         "crashed": counts["crash"],
         "left without a reason, or for a fault of ours": counts["report"],
         "not valid PyTorch": counts["invalid"],
-        "outside the rule under one draw of the arguments, within it under another": counts.get(
-            "doubtful", 0
-        ),
+        "left by the checker, and would have been different": counts.get("caught", 0),
+        "false alarms: left by the checker, or outside the rule under one draw only": counts.get("doubt", 0),
+        "gradients that are NaN in the original and numbers in ours": counts.get("nan", 0),
     }
     per_program = 1e3 * record["seconds"] / max(counts["programs"], 1)
     return "\n".join(

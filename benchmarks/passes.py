@@ -52,7 +52,7 @@ def _graph(model: torch.nn.Module, ids: torch.Tensor) -> fx.GraphModule:
 def main() -> int:
     ids = torch.randint(0, 512, (2, 64))
     lines = [
-        "| layers | graph nodes | sites fused | passes, ms (median of 5) | µs per node | proofs, ms (median) |",
+        "| layers | graph nodes | sites fused | passes, ms (median of 5) | µs per node | proofs, ms |",
         "|---|---|---|---|---|---|",
     ]
     for layers in LAYERS:

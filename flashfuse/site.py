@@ -249,7 +249,10 @@ def _replacement(
 def magnitudes(
     q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], ints: Sequence[int], program: ScoreProgram
 ) -> dict[str, float]:
-    """Sizes of ``P ∘ dP`` summed as each gradient sums it, times 1 + the largest score."""
+    """What one rounding of the scores makes of the output and of each gradient, per eps.
+
+    The output moves by ``P(1 − P) |v|``; gradients are sums of ``P ∘ dP``; all times 1 + the largest score.
+    """
     group = q.shape[1] // k.shape[1]
     products = (q @ k.repeat_interleave(group, 1).transpose(-1, -2)).requires_grad_()
     leaves = [c.clone().requires_grad_(c.is_floating_point()) for c in captures]
@@ -272,6 +275,7 @@ def magnitudes(
         return float(x.sum(2).unflatten(1, (k.shape[1], group)).sum(2).max())
 
     found = {
+        "out": float((weights * (1 - weights)).sum(-1).max() * v.abs().max()),
         "q": float(ds.sum(-1).max() * k.abs().max()),
         "k": by_key(ds) * float(q.abs().max()),
         "v": by_key(weights) * float(do.abs().max()),

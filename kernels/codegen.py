@@ -259,7 +259,9 @@ def _accumulate_function(
         for node in walk(program.score):
             if node.op != "load" or node.args[0] != capture:
                 continue
-            value = f"g * {printer.as_kind(derivative(program.score, node), 'float')}"
+            slope = printer.as_kind(derivative(program.score, node), "float")
+            # A weight of 0 has no part in it, even where the derivative overflows.
+            value = f"tl.where(g == 0.0, 0.0, g * {slope})"
             offset = printer.offset(node.operands, strides, buffer.wide)
             used = set().union(*(variables(i) for i in node.operands))
             v = printer.emit(value)

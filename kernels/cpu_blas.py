@@ -279,7 +279,8 @@ def backward(
                 if w.dead is not None and program.dead_rows == "uniform_s":
                     gradient = gradient.masked_fill(w.dead, 0)
                 if slope != ONE:
-                    gradient = gradient * w.values.tensor(slope)
+                    # A weight of 0 has no part in it, even where the derivative overflows.
+                    gradient = torch.where(gradient == 0, 0, gradient * w.values.tensor(slope))
                 w.values.add_gradient(x, gradient, wanted[x.name])
             if score_slope != ONE:
                 d_score = d_score * w.values.tensor(score_slope)[0]

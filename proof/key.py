@@ -34,8 +34,8 @@ def cut_nodes(region: AttentionRegion) -> dict[fx.Node, str]:
 def site_nodes(region: AttentionRegion) -> Iterator[tuple[fx.Node, bool]]:
     """The user's own nodes from the cut to the output, in graph order: ``(node, is_leaf)``.
 
-    Leaves are the cut, inputs and constants, sizes and other numbers, and tensors of which only the sizes and the dtype
-    are read (``zeros_like(hidden)``): what made them is not part of the site.
+    Leaves are the cut, inputs and constants, sizes and other numbers, and tensors of which only the sizes
+    and the dtype are read (``zeros_like(hidden)``): what made them is not part of the site.
     """
     leaves: set[fx.Node] = set(cut_nodes(region))
     needed: set[fx.Node] = set()

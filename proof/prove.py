@@ -198,8 +198,9 @@ class _Comparison:
 
     def pairs(self, original: Any, ours: Any, leaves: Sequence[fx.Node]) -> Any:
         yield "out", original[0], ours[0]
-        for node, a, b in zip(leaves, original[1], ours[1], strict=True):
-            yield f"d{self.names.get(node, node.name)}", a, b
+        grads = dict(zip(leaves, zip(original[1], ours[1], strict=True), strict=True))
+        for node in sorted(grads, key=[*self.names, *leaves].index):
+            yield f"d{self.names.get(node, node.name)}", *grads[node]
 
     # --- inputs ---------------------------------------------------------------------------------
 

@@ -68,7 +68,11 @@ class Runner:
         """What the node calls."""
         op = self.shrink.op(node)
         if op is not None and op.name in ("dropout", "native_dropout"):
-            rate = op.get("p", 0.5) if op.args.get("training", op.args.get("train")) is not False else 0.0
+            rate = (
+                nodes.constant(op.get("p", 0.5))
+                if op.args.get("training", op.args.get("train")) is not False
+                else 0.0
+            )
             return lambda *_, **__: self.dropped(env[op.input], rate, op.name == "native_dropout")
         if op is not None and op.name == "scaled_dot_product_attention":
             return lambda *_, **__: self.sdpa(op, env)
@@ -96,7 +100,8 @@ class Runner:
         if not rate:
             return (x, torch.ones(x.shape, dtype=torch.bool)) if pair else x
         keep = self.keep(x.value, rate)
-        result = torch.where(keep, x / (1 - rate), 0.0)
+        # As PyTorch has it, by a product: NaN stays NaN.
+        result = x * torch.where(keep, 1 / (1 - rate), 0.0)
         return (result, keep) if pair else result
 
     def keep(self, weights: Value, rate: float) -> Tensor:

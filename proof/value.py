@@ -242,7 +242,8 @@ class Value:
             return Value(self.draw, self.p, self.q, level, self.real)
         p = self.p.masked_fill(absorbing, 0)
         q = None if self.q is None else self.q.masked_fill(absorbing, 0)
-        return Value(self.draw, p, q, level)
+        factor = None if self.factor is None else torch.where(absorbing, 1, self.factor)
+        return Value(self.draw, p, q, level, factor=factor)
 
     # --- functions ----------------------------------------------------------------------------
 
@@ -268,9 +269,17 @@ class Value:
         return result
 
     def log_sum_exp(self, dim: int, keepdim: bool) -> Value:
-        if self.has_levels:
-            raise NotProvable("the logarithm of a sum over masked scores")
-        return self.exp().sum((dim,), keepdim).log()
+        """At the highest level of each row, of the numbers there."""
+        if not self.has_levels:
+            return self.exp().sum((dim,), keepdim).log()
+        assert self.level is not None
+        top = self.level.expand(self.p.shape).amax(dim, keepdim=True)
+        relative = (self.level - top).masked_fill(top == -math.inf, -math.inf)
+        total = (
+            Value(self.draw, self.p, self.q, relative, factor=self.factor).exp().sum((dim,), keepdim).log()
+        )
+        total.level = top if keepdim else top.squeeze(dim)
+        return total
 
     def softmax(self, dim: int, dead_rows_are_zero: bool = False) -> Value:
         """Softmax by levels first.  A row of −∞ is NaN, or 0."""

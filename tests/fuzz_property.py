@@ -15,7 +15,7 @@ from torch import fx
 from flashfuse import FlashFuseWarning, pipeline
 from flashfuse.numbers import check_graph
 from flashfuse.options import Options
-from flashfuse.report import Report
+from flashfuse.report import CheckItem, Report
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,18 @@ class Outcome:
     Attributes:
         left: the code of each reason.
         failure: ``""``, or what is wrong: ``different``, ``crash`` or ``report``, a colon, and details.
-        doubt: a difference under one draw of the arguments that others do not show, or a site whose
-            own check failed though the whole program does not differ.
+        caught: a site that the checker left, and that would have made the program different.
+        doubt: a difference under one draw of the arguments that others do not show, or a site that the
+            checker left though the whole program would not have been different.
+        nan: a gradient that is NaN in the original and a number in ours (DESIGN.md, rows without a key).
     """
 
     fused: int = 0
     left: tuple[str, ...] = ()
     failure: str = ""
+    caught: str = ""
     doubt: str = ""
+    nan: str = ""
 
 
 DRAWS = 4
@@ -82,40 +86,57 @@ def outcome(program: Program) -> Outcome:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", FlashFuseWarning)
             new, report = pipeline.run(gm, options)
-            alarms = [f"{r.code}: {r.message}" for s in report.sites for r in s.reasons if r.code in ALARMS]
-            if alarms:
-                # The site is left, which is right either way: does it differ, or was the alarm false?
-                new, _ = pipeline.run(gm, Options(verify="off"))
-            differing, doubt = _differing(program, gm, new, order)
+            alarms = "; ".join(
+                f"{r.code}: {r.message}" for s in report.sites for r in s.reasons if r.code in ALARMS
+            )
+            found = _differing(program, gm, new, order)
+            # The site is left, which is right either way: would it have differed, or was the alarm false?
+            unchecked = pipeline.run(gm, Options(verify="off"))[0] if alarms else gm
+            caught = bool(_differing(program, gm, unchecked, order).different)
     except Exception as error:
         return Outcome(failure=f"crash: {type(error).__name__}: {error}")
     left = tuple(reason.code for site in report.sites for reason in site.reasons)
     wrong = _wrong_in(report) or ("the input graph was changed" if gm.code != before else "")
-    failure = f"report: {wrong}" if wrong else f"different: {differing}" if differing else ""
-    return Outcome(report.num_fused, left, failure, "" if failure else "; ".join([*alarms, *doubt]))
+    failure = f"report: {wrong}" if wrong else f"different: {found.different}" if found.different else ""
+    doubts = [found.doubt, "" if caught else alarms]
+    return Outcome(
+        report.num_fused, left, failure, alarms if caught else "", "; ".join(filter(None, doubts)), found.nan
+    )
 
 
 ALARMS = ("check_failed", "proof_failed")
 """Reasons that say that the replacement differs."""
 
 
-def _differing(
-    program: Program, gm: fx.GraphModule, new: fx.GraphModule, order: Sequence[int]
-) -> tuple[str, list[str]]:
-    """What is outside the rule under every draw of the arguments, and what is under the first."""
-    first: list[str] = []
+@dataclass(frozen=True)
+class Differing:
+    """What is outside the rule under every draw of the arguments, what only under the first, and NaN."""
+
+    different: str = ""
+    doubt: str = ""
+    nan: str = ""
+
+
+def _differing(program: Program, gm: fx.GraphModule, new: fx.GraphModule, order: Sequence[int]) -> Differing:
+    first = nan = ""
     # A graph that was passed through is itself.
     for seed in range(DRAWS) if new is not gm else ():
         arguments = program.arguments(seed)
         items = check_graph(gm, new, [arguments[i] for i in order], backward=True).items
         outside = [item for item in items if not item.ok]
-        shown = [f"{i.name} {i.note} (error {i.error_ours:.3g}, limit {i.limit:.3g})" for i in outside]
-        first = first or shown
+        known = [item for item in outside if item.name.startswith("d") and "instead of nan at" in item.note]
+        nan = nan or _shown(known)
+        outside = [item for item in outside if item not in known]
         if not outside:
-            return "", first
+            return Differing(doubt=first, nan=nan)
+        first = first or _shown(outside)
         if any(math.isinf(item.error_ours) for item in outside):
-            return "; ".join(shown), first
-    return "; ".join(first), first
+            return Differing(_shown(outside), nan=nan)
+    return Differing(different=first, nan=nan)
+
+
+def _shown(items: Sequence[CheckItem]) -> str:
+    return "; ".join(f"{i.name} {i.note} (error {i.error_ours:.3g}, limit {i.limit:.3g})" for i in items)
 
 
 def _wrong_in(report: Report) -> str:

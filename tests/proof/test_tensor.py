@@ -59,6 +59,10 @@ EQUAL = {
         lambda q, k, v: softmax(scores(q, k)) @ v,
         lambda q, k, v: (scores(q, k) - scores(q, k).logsumexp(-1, keepdim=True)).exp() @ v,
     ),
+    "exp of a difference to logsumexp, masked": (
+        lambda q, k, v: softmax(scores(q, k).masked_fill(~MASK, -math.inf)) @ v,
+        lambda q, k, v: through_log(scores(q, k).masked_fill(~MASK, -math.inf)) @ v,
+    ),
     "einsum and bmm": (
         lambda q, k, v: torch.einsum("bhqk,bhkd->bhqd", softmax(scores(q, k)), v),
         lambda q, k, v: torch.bmm(softmax(scores(q, k)).flatten(0, 1), v.flatten(0, 1)).view(2, 3, 5, 4),
@@ -135,6 +139,10 @@ def c(x: float) -> Tensor:
 def by_hand(x: Tensor) -> Tensor:
     e = (x - x.amax(-1, keepdim=True)).exp()
     return e / e.sum(-1, keepdim=True)
+
+
+def through_log(x: Tensor) -> Tensor:
+    return (x - x.logsumexp(-1, keepdim=True)).exp()
 
 
 def added_in_place(x: Tensor) -> Tensor:
