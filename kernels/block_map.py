@@ -98,16 +98,16 @@ def block_states(
         full, some = allowed.amin(-1) != 0, allowed.amax(-1) != 0
     else:
         kinds = {n: _kind(t) for n, t in zip(program.captures, captures, strict=True)}
-        block = bounds(program.mask, kinds)
-        for i, source in enumerate(block.ranges):
+        found = bounds(program.mask, kinds)
+        for i, source in enumerate(found.ranges):
             used = variables(source)
             needed = (nq if "q" in used else 0, nkv if "kv" in used else 0)
             values = _per_block(source, env, lead, needed, blocks)
             nan = values.isnan() if values.is_floating_point() else None
             env[f"lo{i}"] = (values if nan is None else values.masked_fill(nan, -torch.inf)).amin(-1)
             env[f"hi{i}"] = (values if nan is None else values.masked_fill(nan, torch.inf)).amax(-1)
-        full = torch.as_tensor(evaluate(block.full, env), device=device).bool()
-        some = torch.as_tensor(evaluate(block.some, env), device=device).bool()
+        full = torch.as_tensor(evaluate(found.full, env), device=device).bool()
+        some = torch.as_tensor(evaluate(found.some, env), device=device).bool()
     inside = torch.arange(1, nkv + 1, device=device) * blocks[1] <= sizes[3]
     state = torch.where(full & inside, FULL, torch.where(some | full, PARTIAL, EMPTY))
     return state.to(torch.int8).expand(shape4)

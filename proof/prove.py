@@ -83,31 +83,43 @@ def prove_replacement(
     """As ``prove_site``, for any replacement and any model of the kernels."""
     started = time.perf_counter()
     site = dict(site_nodes(region))
-    problem = "it is too large to be proved at its own sizes"
-    for attempt in range(2):
-        numbered = (*site, *replacement.graph.nodes)
-        sizes = shrink(region.shape, numbered, seed) if attempt == 0 else unchanged(numbered)
-        if attempt and not _is_small(region):
-            break
-        comparisons: list[_Comparison] = []
-        found: list[Found] = []
-        try:
-            for i in range(draws):
-                # Where NaN hid a gradient, the next draw has no rows that give it.
-                rows = "alive" if any(c.not_compared for c in comparisons) else "masked" if i else "mixed"
-                comparisons.append(_Comparison(region, replacement, site, sizes, seed + i, rows, model))
-                found.append(comparisons[-1].run())
-                if found[-1].difference:
-                    break
-        except NotProvable:
-            raise
-        except Exception as error:
-            # A number was read as a size that is none, or the other way round.
+    numbered = (*site, *replacement.graph.nodes)
+    sizes = shrink(region.shape, numbered, seed)
+    try:
+        done = _drawn(region, replacement, site, sizes, seed, draws, model)
+    except NotProvable:
+        raise
+    except Exception as error:
+        # A number was read as a size that is none, or the other way round.
+        if not _is_small(region):
             problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            continue
-        elapsed_ms = (time.perf_counter() - started) * 1e3
-        return _certificate(region, sizes, comparisons, found, elapsed_ms)
-    raise NotProvable(f"the site does not run at smaller sizes: {problem}")
+            raise NotProvable(f"the site does not run at smaller sizes: {problem}") from error
+        sizes = unchanged(numbered)
+        done = _drawn(region, replacement, site, sizes, seed, draws, model)
+    return _certificate(region, sizes, done, (time.perf_counter() - started) * 1e3)
+
+
+def _drawn(
+    region: AttentionRegion,
+    replacement: Replacement,
+    site: Mapping[fx.Node, bool],
+    sizes: Shrink,
+    seed: int,
+    draws: int,
+    model: type[Tiled],
+) -> list[_Comparison]:
+    """One comparison after the other, until one differs."""
+    done: list[_Comparison] = []
+    for i in range(draws):
+        rows: Rows = "masked" if i else "mixed"
+        if any(c.not_compared for c in done):
+            # NaN hid a gradient; without rows that give it, it is seen.
+            rows = "alive"
+        done.append(_Comparison(region, replacement, site, sizes, seed + i, rows, model))
+        done[-1].run()
+        if done[-1].difference:
+            break
+    return done
 
 
 def _is_small(region: AttentionRegion) -> bool:
@@ -119,14 +131,7 @@ def _is_small(region: AttentionRegion) -> bool:
 # --- one draw -----------------------------------------------------------------------------------
 
 
-@dataclass
-class Found:
-    """What one draw compared, and the first difference."""
-
-    names: list[str]
-    elements: int
-    difference: str
-    wider: list[str]
+Rows = Literal["mixed", "masked", "alive"]
 
 
 class _Comparison:
@@ -143,7 +148,7 @@ class _Comparison:
         site: Mapping[fx.Node, bool],
         sizes: Shrink,
         seed: int,
-        rows: Literal["mixed", "masked", "alive"],
+        rows: Rows,
         model: type[Tiled],
     ) -> None:
         self.region, self.replacement, self.site, self.sizes = region, replacement, site, sizes
@@ -154,33 +159,34 @@ class _Comparison:
         blocks = [self.random(-(-n // 2), max(n, 2)) for n in lengths]
         self.runner = Runner(self.draw, sizes, (blocks[0], blocks[1]), model)
         self.names = cut_nodes(region)
-        self.not_compared = 0
+        self.compared_names: list[str] = []
+        self.wider: list[str] = []
+        self.difference = ""
+        self.elements = self.not_compared = 0
 
     def random(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=self.draw.inputs))
 
-    def run(self) -> Found:
+    def run(self) -> None:
+        """Runs both, and keeps what was compared and the first difference."""
         inputs = {node: self.input(node) for node, leaf in self.site.items() if leaf}
         inputs |= {n: self.input(n) for n in self.replacement.inputs if n not in inputs}
         leaves = {n: x for n, x in inputs.items() if isinstance(x, FieldTensor)}
         draw = self.draw
         with torch.inference_mode(False), torch.enable_grad():
-            out = self.runner.run(self.site, dict(inputs))
-            original = self.with_gradients(out, leaves)
+            original = self.with_gradients(self.runner.run(self.site, dict(inputs)), leaves)
             before, draw.precision = draw.precision, {}
             env: Env = {here: inputs[node] for node, here in self.replacement.inputs.items()}
             ours = self.with_gradients(self.runner.run(self.replacement.graph.nodes, env), leaves)
-        wider, narrower = self.compared_precision(before, draw.precision)
-        differences = [f"{n} narrower: {text}" for n, text in narrower]
-        names, elements = [], 0
+        self.wider, differences = self.compared_precision(before, draw.precision)
         for name, a, b in self.pairs(original, ours, list(leaves)):
             if a is None and b is None:
                 continue
             count, difference = self.compared(name, a, b)
-            names.append(name)
-            elements += count
+            self.compared_names.append(name)
+            self.elements += count
             differences += [difference] if difference else []
-        return Found(names, elements, differences[0] if differences else "", wider)
+        self.difference = differences[0] if differences else ""
 
     def with_gradients(
         self, out: Any, leaves: Mapping[fx.Node, FieldTensor]
@@ -193,7 +199,7 @@ class _Comparison:
         do = FieldTensor.of(Value(self.draw, p), out.dtype, {})
         if not out.requires_grad:
             return out, [None] * len(leaves)
-        grads = torch.autograd.grad(out, list(leaves.values()), do, allow_unused=True)
+        grads: Any = torch.autograd.grad(out, list(leaves.values()), do, allow_unused=True)
         return out, list(grads)
 
     def pairs(self, original: Any, ours: Any, leaves: Sequence[fx.Node]) -> Any:
@@ -278,14 +284,14 @@ class _Comparison:
 
     def compared_precision(
         self, original: Mapping[str, tuple[int, int]], ours: Mapping[str, tuple[int, int]]
-    ) -> tuple[list[str], list[tuple[str, str]]]:
+    ) -> tuple[list[str], list[str]]:
         """Inputs that we read in a wider dtype than the original, and in a narrower one."""
         wider, narrower = [], []
         for name, own in ours.items():
             theirs = original.get(name, own)
             text = f"{_dtype_of(own)} instead of {_dtype_of(theirs)}"
             if own[0] < theirs[0] or own[1] < theirs[1]:
-                narrower.append((name, text))
+                narrower.append(f"{name} narrower: {text}")
             elif own != theirs:
                 wider.append(f"{name}: {text}")
         return wider, narrower
@@ -336,35 +342,30 @@ def _is_position(program: ScoreProgram, name: str) -> bool:
 
 
 def _certificate(
-    region: AttentionRegion,
-    sizes: Shrink,
-    comparisons: Sequence[_Comparison],
-    found: Sequence[Found],
-    elapsed_ms: float,
+    region: AttentionRegion, sizes: Shrink, done: Sequence[_Comparison], elapsed_ms: float
 ) -> Certificate:
-    draws = [c.draw for c in comparisons]
-    difference = next((f.difference for f in found if f.difference), "")
+    draws, program = [c.draw for c in done], region.program
     kv_len = sizes(region.shape.kv_len)
     described, smaller = _sizes(region, sizes)
     assumptions = _absorbed(draws)
-    program = region.program
     assumptions += [f"`{name}` is finite" for name in _added(program) if program.mask is not None]
     if _real_positions(program) and smaller:
         assumptions.append("conditions on real functions of positions hold beyond the smaller sizes too")
-    if any(c.not_compared for c in comparisons):
+    if any(c.not_compared for c in done):
         assumptions.append("gradients that are NaN in the original are not compared")
+    difference = done[-1].difference
     return Certificate(
         ok=not difference,
-        compared=tuple(dict.fromkeys(n for f in found for n in f.names)),
+        compared=tuple(dict.fromkeys(n for c in done for n in c.compared_names)),
         primes=tuple((d.p, d.q) for d in draws),
-        seeds=tuple(c.seed for c in comparisons),
-        elements=sum(f.elements for f in found),
+        seeds=tuple(c.seed for c in done),
+        elements=sum(c.elements for c in done),
         # An element is a fraction of polynomials with a few terms for each key (Schwartz–Zippel).
         failure_bound=math.prod(8 * kv_len / d.q for d in draws),
         sizes=described,
         uninterpreted=tuple(dict.fromkeys(name for d in draws for name in d.uninterpreted)),
         masks=tuple(dict.fromkeys(f"{c:.4g}" for d in draws for c in d.masks if math.isfinite(c))),
-        casts=tuple(dict.fromkeys(text for f in found for text in f.wider)),
+        casts=tuple(dict.fromkeys(text for c in done for text in c.wider)),
         assumptions=tuple(assumptions),
         difference=difference,
         elapsed_ms=elapsed_ms,
@@ -393,7 +394,8 @@ def _sizes(region: AttentionRegion, sizes: Shrink) -> tuple[str, bool]:
     """The sizes of the draws, and whether they are smaller than the site's."""
     s = region.shape
     names = ("batch", "num_q_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim")
-    smaller = str(dataclasses.replace(s, **{name: sizes(getattr(s, name)) for name in names}))
+    fields: dict[str, Any] = {name: sizes(getattr(s, name)) for name in names}
+    smaller = str(dataclasses.replace(s, **fields))
     if smaller == str(s):
         return smaller, False
     return f"{smaller.rpartition(' ')[0]} standing for {s}", True

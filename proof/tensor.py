@@ -41,7 +41,12 @@ class FieldTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, p: Tensor, cell: _Cell, dtype: torch.dtype) -> FieldTensor:
         made: FieldTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, p.size(), strides=p.stride(), storage_offset=p.storage_offset(), dtype=dtype, device="cpu"
+            cls,
+            p.size(),
+            strides=p.stride(),
+            storage_offset=p.storage_offset(),
+            dtype=dtype,
+            device=torch.device("cpu"),
         )
         made._p, made._cell = p, cell
         return made
@@ -52,7 +57,7 @@ class FieldTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"FieldTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def draw(self) -> Draw:

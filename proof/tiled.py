@@ -188,9 +188,10 @@ class Tiled:
     def highest(self, m: Value, x: Value) -> Value:
         """A new maximum: any number, at the highest level met."""
         fresh = torch.randint(1, self.draw.q, (2, *m.shape), generator=self.draw.others)
-        levels = [None if t is None else t.amax(-1, keepdim=True) for t in (m.level, x.level)]
-        level = torch.maximum(*levels) if None not in levels else None
-        return Value(self.draw, fresh[0], fresh[1], level if level is not None and level.any() else None)
+        level = None
+        if m.level is not None and x.level is not None:
+            level = torch.maximum(m.level, x.level.amax(-1, keepdim=True))
+        return Value(self.draw, fresh[0], fresh[1], level)
 
     def weights(self, x: Value, m: Value) -> Value:
         """e^(x − m); while a row has seen no key, 0 stands for its maximum."""

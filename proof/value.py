@@ -329,7 +329,8 @@ class Value:
         level = None
         if a.level is not None or b.level is not None:
             zero = torch.zeros((), dtype=torch.float64)
-            level = torch.where(condition, *(zero if x.level is None else x.level for x in (a, b)))
+            first, second = (zero if x.level is None else x.level for x in (a, b))
+            level = torch.where(condition, first, second)
         return Value(self.draw, p, q, level)
 
     def maximum(self, other: Operand) -> Value:
