@@ -16,7 +16,7 @@ from flashfuse.passes import dialect, nodes
 from flashfuse.proof import field as F
 from flashfuse.proof.certificate import NotProvable
 from flashfuse.proof.shrink import Shrink
-from flashfuse.proof.tensor import FieldTensor
+from flashfuse.proof.tensor import SOFTMAX, FieldTensor, bits_of
 from flashfuse.proof.tiled import Tiled, weights_by_definition
 from flashfuse.proof.value import Draw, Value
 
@@ -150,11 +150,13 @@ class Runner:
         smaller = self.shrink.program(ScoreProgram.parse(program))
         for role, bits in {r: b for x in (q, k, v, *captures) for r, b in _precision(x).items()}.items():
             self.draw.precision[role] = bits
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.draw.precision[SOFTMAX] = bits_of(dtype)
         site = self.model(
             q.value, k.value, v.value,
             [c.value if isinstance(c, FieldTensor) else c for c in captures],
             ints, smaller, self.blocks, maps[0] if maps else None, dropout_p,
-            dtype=torch.float64 if q.dtype == torch.float64 else torch.float32,
+            dtype=dtype,
         )  # fmt: skip
         if site.states is None and smaller.mask is not None:
             mask = smaller.mask_program

@@ -121,7 +121,11 @@ class FieldTensor(torch.Tensor):
             for role, bits in via.items():
                 draw.precision[role] = _narrowest(draw.precision.get(role, bits), bits)
             via = {}
-        return _wrapped(result, name, args, kwargs, via)
+        made = _wrapped(result, name, args, kwargs, via)
+        if name in _SOFTMAX:
+            bits = bits_of(made.dtype)
+            draw.precision[SOFTMAX] = _narrowest(draw.precision.get(SOFTMAX, bits), bits)
+        return made
 
 
 def _like(other: Tensor, p: Tensor) -> Tensor:
@@ -215,6 +219,9 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 _NORMALISING = {"bmm", "mm", "baddbmm", "_softmax", "_safe_softmax", "_log_softmax", "logsumexp", "exp"}
 """Where inputs become scores, and scores weights: from here on precision is the kernel's affair."""
+_SOFTMAX = {"_softmax", "_safe_softmax", "_log_softmax", "logsumexp"}
+SOFTMAX = "the softmax"
+"""Its dtype is kept beside those of the inputs."""
 _KEEPS_DTYPE = {
     "bmm", "mm", "baddbmm", "_softmax", "_safe_softmax", "_log_softmax", "logsumexp", "amax", "max", "index",
     "index_put", "slice_backward", "select_backward", "copy", "zeros_like", "ones_like", "full_like",

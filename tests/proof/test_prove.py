@@ -139,6 +139,16 @@ def test_a_dropped_precision_is_a_difference():
     assert certificate.difference == "q narrower: bfloat16 instead of float32"
 
 
+def test_a_narrower_softmax_is_a_difference():
+    def f(q, k, v):
+        return (q @ k.mT).double().softmax(-1).float() @ v
+
+    assert (
+        prove_site(planned(f, *qkv(2, 2, 9, 8))).difference
+        == "the softmax narrower: float32 instead of float64"
+    )
+
+
 def test_a_wider_dtype_is_listed():
     def f(q, k, v, bias):
         return (q @ k.mT + bias.bfloat16().float()).softmax(-1) @ v

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashfuse.proof.certificate import NotProvable
-from flashfuse.proof.tensor import FieldTensor
+from flashfuse.proof.tensor import SOFTMAX, FieldTensor
 from flashfuse.proof.value import Draw, Value
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,4 +195,4 @@ def test_precision_is_that_of_the_narrowest_cast_before_the_product():
     draw = Draw.seeded(0)
     q, k = (FieldTensor.of(draw.random((2, 5, 4)), torch.float32, {n: (23, 8)}) for n in "qk")
     softmax(q.bfloat16().float() @ k.mT).bfloat16()
-    assert draw.precision == {"q": (7, 8), "k": (23, 8)}
+    assert draw.precision == {"q": (7, 8), "k": (23, 8), SOFTMAX: (23, 8)}
