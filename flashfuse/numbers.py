@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from flashfuse.footprint import devices_of, random_state
+from flashfuse.kernels.reference import sdpa_by_definition
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.rewrite import copy_graph_module
 from flashfuse.report import CheckItem, ModelCheck
@@ -328,29 +329,8 @@ def drop(weights: Tensor, keep: Tensor, p: float) -> Tensor:
     return torch.where(keep.reshape(weights.shape), weights / (1 - p), 0)
 
 
-def sdpa_math(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    keep: Tensor | None = None,
-) -> Tensor:
+def sdpa_math(*args: Any, dropout_p: float = 0.0, keep: Tensor | None = None, **kwargs: Any) -> Tensor:
     """SDPA by its documented definition; ``keep`` is the dropout mask where there is dropout."""
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~allowed, -math.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask.to(scores.dtype)
-    weights = torch.ops.aten._safe_softmax(scores, -1)
     assert not dropout_p or keep is not None
-    return (weights if keep is None else drop(weights, keep, dropout_p)) @ value
+    dropped = {} if keep is None else {"dropped": lambda weights: drop(weights, keep, dropout_p)}
+    return sdpa_by_definition(*args, **kwargs, **dropped)

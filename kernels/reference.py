@@ -6,7 +6,7 @@ against them.  ``evaluate`` also builds the masks of the CPU variant, tile by ti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -116,6 +116,34 @@ def environment(
     env.update(zip(program.captures, captures, strict=True))
     env.update(zip(program.ints, ints, strict=True))
     return env
+
+
+def sdpa_by_definition(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dropped: Callable[[Tensor], Tensor] = lambda weights: weights,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` as its documentation defines it.
+
+    ``dropped`` is what dropout makes of the weights.
+    """
+    if enable_gqa:
+        group = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(group, -3) for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask.to(scores.dtype)
+    return dropped(torch.ops.aten._safe_softmax(scores, -1)) @ value
 
 
 def attention_reference(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from flashfuse.kernels.block_map import EMPTY, PARTIAL, block_states
+from flashfuse.kernels.reference import sdpa_by_definition
 from flashfuse.kernels.spec import ScoreProgram
 from flashfuse.passes import dialect, nodes
 from flashfuse.proof import field as F
@@ -110,28 +110,14 @@ class Runner:
             raise NotProvable("dropout of everything")
         return (F.mix(weights.p, self.draw.key + 1) & 0xFFFF) >= round(rate * 0x10000)
 
-    def sdpa(self, op: dialect.Op, env: Env) -> FieldTensor:
-        """``scaled_dot_product_attention`` by its documented definition."""
+    def sdpa(self, op: dialect.Op, env: Env) -> Tensor:
+        """``scaled_dot_product_attention`` by its definition, with the scale of the model's own size."""
         given = {name: env[x] if isinstance(x, fx.Node) else x for name, x in op.args.items()}
-        q, k, v = (given[name] for name in ("query", "key", "value"))
-        if given.get("enable_gqa"):
-            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-        scale = given.get("scale")
-        if scale is None:
-            # Of the sizes that the site has in the model.
+        rate = nodes.constant(given.pop("dropout_p", 0.0)) or 0.0
+        if given.get("scale") is None:
             width = nodes.shape(op.args["query"])[-1]
-            scale = (width if isinstance(width, int) else self.shrink(width)) ** -0.5
-        scores = q @ k.transpose(-2, -1) * scale
-        mask = given.get("attn_mask")
-        if given.get("is_causal"):
-            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-            scores = scores.masked_fill(~allowed, -math.inf)
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -math.inf)
-        elif mask is not None:
-            scores = scores + mask.to(scores.dtype)
-        weights = torch.ops.aten._safe_softmax(scores, -1)
-        return self.dropped(weights, given.get("dropout_p") or 0.0, False) @ v  # type: ignore[no-any-return]
+            given["scale"] = (width if isinstance(width, int) else self.shrink(width)) ** -0.5
+        return sdpa_by_definition(**given, dropped=lambda weights: self.dropped(weights, rate, False))
 
     def attention(
         self,
