@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,41 +48,35 @@ class Runner:
         return result
 
     def node(self, node: fx.Node, env: Env) -> Any:
-        """The value of one node; under autocast its arguments are cast as the example value says."""
-        args, kwargs = (
-            fx.node.map_aggregate(
-                self.shrink.literals(node, x), lambda a: env[a] if isinstance(a, fx.Node) else a
-            )
-            for x in (node.args, node.kwargs)
-        )
-        args, kwargs = _on_cpu(args), _on_cpu(kwargs)
-        call = self.meaning(node, env)
-        result = call(*args, **kwargs)
-        example = nodes.value(node)
+        """The value of one node; under autocast its inputs are cast as the example value says."""
+        result, example = self.call(node, env), nodes.value(node)
         if isinstance(result, FieldTensor) and isinstance(example, Tensor) and result.dtype != example.dtype:
-            cast = lambda t: t.to(example.dtype)  # noqa: E731
-            args, kwargs = (_cast_floats(x, cast) for x in (args, kwargs))
-            result = call(*args, **kwargs).to(example.dtype)
+            cast = {n: _cast_floats(env[n], example.dtype) for n in node.all_input_nodes}
+            result = self.call(node, cast).to(example.dtype)
         return result
 
-    def meaning(self, node: fx.Node, env: Env) -> Callable[..., Any]:
-        """What the node calls."""
+    def call(self, node: fx.Node, env: Env) -> Any:
         op = self.shrink.op(node)
         if op is not None and op.name in ("dropout", "native_dropout"):
-            rate = (
-                nodes.constant(op.get("p", 0.5))
-                if op.args.get("training", op.args.get("train")) is not False
-                else 0.0
-            )
-            return lambda *_, **__: self.dropped(env[op.input], rate, op.name == "native_dropout")
+            on = op.args.get("training", op.args.get("train")) is not False
+            rate = nodes.constant(op.get("p", 0.5)) if on else 0.0
+            return self.dropped(env[op.input], rate, op.name == "native_dropout")
         if op is not None and op.name == "scaled_dot_product_attention":
-            return lambda *_, **__: self.sdpa(op, env)
+            return self.sdpa(op, env)
+        if node.target is torch.randint:
+            return None  # the seed: which weights are kept is an input here
+        args, kwargs = (
+            _on_cpu(fx.node.map_aggregate(self.shrink.literals(node, x), functools.partial(_in, env)))
+            for x in (node.args, node.kwargs)
+        )
+        return self.meaning(node)(*args, **kwargs)
+
+    def meaning(self, node: fx.Node) -> Callable[..., Any]:
+        """What the node calls."""
         if node.target is torch.ops.flashfuse.attention.default:
             return self.attention
         if node.target is torch.ops.flashfuse.block_map.default:
             return self.block_map
-        if node.target is torch.randint:
-            return lambda *_, **__: None  # the seed: which keys are dropped is an input here
         if node.op == "call_method":
             return getattr(Tensor, str(node.target))  # type: ignore[no-any-return]
         if node.op == "call_module":
@@ -134,8 +129,8 @@ class Runner:
     ) -> tuple[FieldTensor, None]:
         """The fused operator, run as the model of the blockwise kernels."""
         smaller = self.shrink.program(ScoreProgram.parse(program))
-        for role, bits in {r: b for x in (q, k, v, *captures) for r, b in _precision(x).items()}.items():
-            self.draw.precision[role] = bits
+        for x in (q, k, v, *captures):
+            self.draw.precision |= x.via if isinstance(x, FieldTensor) else {}
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.draw.precision[SOFTMAX] = bits_of(dtype)
         site = self.model(
@@ -195,10 +190,6 @@ class _Attention(torch.autograd.Function):
         return None, None, *made
 
 
-def _precision(x: Any) -> Mapping[str, tuple[int, int]]:
-    return x._cell.via if isinstance(x, FieldTensor) else {}
-
-
 def _on_cpu(x: Any) -> Any:
     """Devices in arguments; field elements live in main memory."""
     if isinstance(x, torch.device):
@@ -212,11 +203,11 @@ def _on_cpu(x: Any) -> Any:
     return x
 
 
-def _cast_floats(x: Any, cast: Callable[[Tensor], Tensor]) -> Any:
+def _in(env: Env, x: Any) -> Any:
+    return env[x] if isinstance(x, fx.Node) else x
+
+
+def _cast_floats(x: Any, dtype: torch.dtype) -> Any:
     if isinstance(x, Tensor) and x.is_floating_point():
-        return cast(x)
-    if isinstance(x, (tuple, list)):
-        return type(x)(_cast_floats(item, cast) for item in x)
-    if isinstance(x, dict):
-        return {name: _cast_floats(item, cast) for name, item in x.items()}
-    return x
+        return x.to(dtype)
+    return type(x)(_cast_floats(item, dtype) for item in x) if isinstance(x, (tuple, list)) else x

@@ -64,6 +64,11 @@ class FieldTensor(torch.Tensor):
         return self._cell.draw
 
     @property
+    def via(self) -> Precision:
+        """How narrow each input became on its way here."""
+        return self._cell.via
+
+    @property
     def value(self) -> Value:
         """The elements."""
         cell, p = self._cell, self._p
@@ -107,7 +112,7 @@ class FieldTensor(torch.Tensor):
             return _view(func, args, kwargs)
         name = func._schema.name.removeprefix("aten::")
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, FieldTensor)]
-        via = _merged(x._cell.via for x in inputs)
+        via = _merged(x.via for x in inputs)
         draw = inputs[0].draw
         if kind == "write":
             target = args[0]

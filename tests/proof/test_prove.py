@@ -123,6 +123,15 @@ def test_autocast_is_followed():
     assert prove_site(planned(f, *qkv(2, 2, 9, 8))).ok
 
 
+@pytest.mark.parametrize("causal_", [True, False])
+def test_autocast_around_sdpa(causal_):
+    def f(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal_)
+
+    assert prove_site(planned(f, *qkv(2, 2, 9, 8))).ok
+
+
 def narrow(t: Tensor) -> Tensor:
     return t.bfloat16().float()
 
