@@ -332,5 +332,8 @@ def drop(weights: Tensor, keep: Tensor, p: float) -> Tensor:
 def sdpa_math(*args: Any, dropout_p: float = 0.0, keep: Tensor | None = None, **kwargs: Any) -> Tensor:
     """SDPA by its documented definition; ``keep`` is the dropout mask where there is dropout."""
     assert not dropout_p or keep is not None
-    dropped = {} if keep is None else {"dropped": lambda weights: drop(weights, keep, dropout_p)}
-    return sdpa_by_definition(*args, **kwargs, **dropped)
+
+    def dropped(weights: Tensor) -> Tensor:
+        return weights if keep is None else drop(weights, keep, dropout_p)
+
+    return sdpa_by_definition(*args, **(kwargs | {"dropped": dropped}))

@@ -88,7 +88,7 @@ class Runner:
 
     # --- what is not run as PyTorch runs it -----------------------------------------------------
 
-    def dropped(self, x: FieldTensor, rate: float, pair: bool) -> Any:
+    def dropped(self, x: Tensor, rate: float, pair: bool) -> Any:
         """Dropout, where an element is kept by a hash of itself: alike in original and replacement."""
         if not isinstance(x, FieldTensor):
             raise NotProvable("dropout of something that is no score")
