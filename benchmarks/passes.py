@@ -1,6 +1,6 @@
 """What the passes and the proofs cost: time by number of layers, and as a share of the first compile.
 
-    python benchmarks/passes.py
+    TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) python benchmarks/passes.py
 
 GPT-2 small's width with 6, 24 and 96 layers, eager attention, training graph.  The result goes to
 ``benchmarks/results/passes.md``.
