@@ -128,3 +128,40 @@ def test_float_mask_read_as_a_condition():
         "return torch.softmax(scores, -1) @ v",
     )
     assert is_fused(attention(*lines, pad="torch.ones(2, 5)"))
+
+
+def test_gradient_of_a_factor_of_masked_scores():
+    """The derivative of ``(s + mask) * factor * 2`` by the factor overflows at −3.4e38: 0 · ∞ was NaN."""
+    lines = (
+        "scores = (q @ k.mT + mask) * factor[:, None, None] * 2",
+        "return torch.softmax(scores, -1) @ v",
+    )
+    minimum = "torch.where(torch.arange(5) < 3, 0.0, torch.finfo(torch.float32).min)"
+    assert is_fused(attention(*lines, mask=minimum, factor="torch.rand(3) + 0.5"))
+
+
+def test_minimum_of_float16_that_is_scaled():
+    """A quarter of −65504 absorbs a bias in float16, but not in our float32: dead rows differed."""
+    lines = (
+        "scores = (q @ k.mT).masked_fill(~mask, torch.finfo(torch.float16).min) / 4",
+        "return torch.softmax((scores + bias) / 4, -1) @ v",
+    )
+    halves = {name: f"{text}.half()" for name, text in QKV.items()}
+    found = attention(*lines, **halves, **DEAD_ROW, bias="torch.randn(5, 5).half()")
+    assert found.fused == 0 and found.left == ("proof_failed",) and not found.failure
+
+
+def test_softmax_in_a_wider_dtype():
+    """Scores that the model itself normalises in float64 were normalised in float32."""
+    lines = "scores = (q @ k.mT).double()", "return torch.softmax(scores, -1).float() @ v"
+    found = attention(*lines)
+    assert found.fused == 0 and found.left == ("proof_failed",) and not found.failure
+
+
+def test_dropout_of_rows_that_are_not_numbers():
+    """NaN times a keep mask of 0 is NaN; a proof that dropped it to 0 refused a right rewrite."""
+    lines = (
+        "scores = (q @ k.mT).masked_fill(~mask, -torch.inf)",
+        "return F.dropout(torch.softmax(scores, -1), 0.25, True) @ v",
+    )
+    assert attention(*lines, **DEAD_ROW).left == ()
