@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -51,7 +52,9 @@ def prove_site(plan: Fuse, seed: int = 0, draws: int = DRAWS) -> Certificate:
         NotProvable: an operation of the site has no meaning over a field, or the site could not be
             run at smaller sizes and is too large at its own.
     """
-    with unset_fake_temporarily():
+    # What the user set as the default device is not ours.
+    elsewhere = torch.get_default_device().type != "cpu"
+    with unset_fake_temporarily(), torch.device("cpu") if elsewhere else contextlib.nullcontext():
         return prove_replacement(plan.region, emitted(plan), seed, draws)
 
 

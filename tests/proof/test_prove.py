@@ -222,6 +222,12 @@ def test_nothing_outside_is_touched():
     assert str(site.region.output.graph) == before
 
 
+def test_the_default_device_does_not_matter():
+    site = planned(causal, *qkv(2, 2, 9, 8))
+    with torch.device("meta"):
+        assert prove_site(site).ok
+
+
 def test_sdpa_is_taken_by_its_definition():
     site = planned(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv(2, 2, 9, 64))
     assert prove_site(site).ok
