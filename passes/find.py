@@ -193,7 +193,9 @@ class WeightedSum(Candidate):
             self, frame, self.found.input, index, Operand(v, v_index), chain, dropout_p, memory, live,
             self.found.zero_dead_rows,
         )  # fmt: skip
-        if not self.found.shifted and region.program.dead_rows in AVERAGING:
+        # A stored mask can hold finite minima as well, of which nothing is known here.
+        may_average = region.program.dead_rows in AVERAGING or bool(region.program.differentiable)
+        if not self.found.shifted and may_average:
             message = "this softmax does not give the mean in a row of equal finite minima"
             hint = "subtract the row's maximum first, or use torch.softmax"
             raise Refused(Reason("dead_rows_unclear", message, nodes.source(self.found.output), hint))

@@ -120,6 +120,13 @@ def test_dead_rows_of_softmaxes_without_the_maximum(weights):
     assert attention(*lines, **DEAD_ROW) == Outcome(left=("dead_rows_unclear",))
 
 
+def test_dead_rows_of_stored_minima_without_the_maximum():
+    """The same where the minima come with a stored mask: ``exp(x - logsumexp(x))`` makes ones of them."""
+    lines = "scores = q @ k.mT + minima", "return torch.exp(scores - torch.logsumexp(scores, -1, True)) @ v"
+    minima = "torch.where(torch.arange(5)[:, None] == 2, torch.finfo(torch.float32).min, 0.0).expand(5, 5)"
+    assert attention(*lines, minima=minima) == Outcome(left=("dead_rows_unclear",))
+
+
 def test_float_mask_read_as_a_condition():
     """Where q is NaN, a float padding mask that is only compared got a gradient of NaN instead of none."""
     lines = (
