@@ -100,7 +100,7 @@ class Draw:
 
 def hash_of_name(name: str) -> int:
     """Python's own hash of a string differs from process to process."""
-    return int.from_bytes(name.encode()[-7:], "big")
+    return int.from_bytes(name.encode(), "big") % (2**61 - 1)
 
 
 @dataclass
