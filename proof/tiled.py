@@ -165,21 +165,24 @@ class Tiled:
             x = self.masked(self.evaluated(self.program.score, env), allowed)
             top = self.highest(m, x)
             weights, rescale = self.weights(x, top), self.weights(m, top)
-            l = l * rescale + weights.sum((-1,), True)
             v = self.v_of_heads.map(lambda t, columns=columns: t[:, :, columns])
-            acc = acc * rescale + self.kept(weights, rows, columns) @ v
+            l, acc = self.accumulated(l, acc, rescale, weights, self.kept(weights, rows, columns), v)
             m = top
         used = l.where(l.p != 0, 1)
         return acc / used, m, l
 
+    def accumulated(
+        self, l: Value, acc: Value, rescale: Value, weights: Value, kept: Value, v: Value
+    ) -> tuple[Value, Value]:
+        """l and acc with one more tile."""
+        return l * rescale + weights.sum((-1,), True), acc * rescale + kept @ v
+
     def start(self, lead: tuple[int, ...]) -> tuple[Value, Value]:
         """m and l before the first key: −∞ and 0, or the sink's."""
+        zero = self.zeros((*lead, 1))
         if self.sinks is None:
-            return self.zeros((*lead, 1)).where(torch.zeros((), dtype=torch.bool), -math.inf), self.zeros(
-                (*lead, 1)
-            )
-        sinks = self.sinks.map(lambda t: t[:, None, None].expand(*lead, 1))
-        return sinks, self.zeros((*lead, 1)) + 1
+            return zero.where(torch.zeros((), dtype=torch.bool), -math.inf), zero
+        return self.sinks.map(lambda t: t[:, None, None].expand(*lead, 1)), zero + 1
 
     def zeros(self, sizes: Sequence[int]) -> Value:
         zero = torch.zeros(tuple(sizes), dtype=torch.int64)

@@ -26,7 +26,6 @@ from flashfuse.passes.plan import Fuse, plan
 from flashfuse.passes.rewrite import copy_graph_module
 from flashfuse.proof.prove import Replacement, emitted
 from flashfuse.proof.tiled import Tiled
-from flashfuse.proof.value import Value
 
 # --- right rewrites -----------------------------------------------------------------------------
 
@@ -497,48 +496,20 @@ class _(Tiled):
 
 @wrong("running maximum without rescaling of the sum")
 class _(Tiled):
-    def forward_rows(self, rows):
-        return forward_rows_with(self, rows, sums_rescaled=False)
+    def accumulated(self, l, acc, rescale, weights, kept, v):
+        return l + weights.sum((-1,), True), acc * rescale + kept @ v
 
 
 @wrong("running maximum without rescaling of the output")
 class _(Tiled):
-    def forward_rows(self, rows):
-        return forward_rows_with(self, rows, output_rescaled=False)
+    def accumulated(self, l, acc, rescale, weights, kept, v):
+        return l * rescale + weights.sum((-1,), True), acc + kept @ v
 
 
 @wrong("dropout before the sum", drops)
 class _(Tiled):
-    def forward_rows(self, rows):
-        return forward_rows_with(self, rows, dropped_first=True)
-
-
-def forward_rows_with(
-    site: Tiled,
-    rows: slice,
-    sums_rescaled: bool = True,
-    output_rescaled: bool = True,
-    dropped_first: bool = False,
-) -> tuple[Value, Value, Value]:
-    """``Tiled.forward_rows`` with a mistake; without one it must be the same (a test says so)."""
-    b, h, _, kv_len = site.sizes
-    lead = (b, h, rows.stop - rows.start)
-    m, l = site.start(lead)
-    acc = site.zeros((*lead, site.v.shape[-1]))
-    for columns in site.tiles(kv_len, site.blocks[1]):
-        allowed = site.allowed(rows, columns)
-        if allowed is None:
-            continue
-        env = site.environment(rows, columns) | {"s": site.products(rows, columns)}
-        x = site.evaluated(site.program.score, env).where(allowed, -math.inf)
-        top = site.highest(m, x)
-        weights, rescale = site.weights(x, top), site.weights(m, top)
-        dropped = site.kept(weights, rows, columns)
-        l = (l * rescale if sums_rescaled else l) + (dropped if dropped_first else weights).sum((-1,), True)
-        v = site.v_of_heads.map(lambda t, columns=columns: t[:, :, columns])
-        acc = (acc * rescale if output_rescaled else acc) + dropped @ v
-        m = top
-    return acc / l.where(l.p != 0, 1), m, l
+    def accumulated(self, l, acc, rescale, weights, kept, v):
+        return l * rescale + kept.sum((-1,), True), acc * rescale + kept @ v
 
 
 @wrong("weights of the backward not normalised")
