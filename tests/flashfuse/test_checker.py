@@ -11,6 +11,7 @@ from torch import fx, nn
 
 import flashfuse
 from flashfuse import checker, pipeline
+from flashfuse.inputs import input_sets
 from flashfuse.kernels import cpu
 from flashfuse.options import Options
 from flashfuse.passes.find import find_regions
@@ -251,6 +252,21 @@ def test_input_sets():
         ),
     ]
     assert items[-1].name == "same bits in a second run (out, dq, dk, dv)"
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 7, 16), (1, 1, 7, 16)])
+def test_keys_are_never_all_alike(sizes):
+    """An eager softmax cancels the gradients of such rows to 0, which no fused backward does."""
+    inputs = [
+        *(torch.randn(sizes) for _ in "qkv"),
+        torch.ones(1, 1, 1, 7, dtype=torch.bool),
+        torch.randn(1, 7, 7),
+    ]
+    site = extract(*planned(masked, inputs))
+    for kind in input_sets(site):
+        if not kind.cancels and kind.name != "ties":
+            _, k, v = site.arguments(kind.inputs)[:3]
+            assert not any(bool((x == x[:, :, :1]).all()) for x in (k, v)), kind.name
 
 
 def test_runs_that_differ_are_told(monkeypatch):
