@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from flashfuse.footprint import devices_of, random_state
 from flashfuse.kernels.reference import sdpa_by_definition
-from flashfuse.passes import dialect, nodes
+from flashfuse.passes import dialect, inline, nodes
 from flashfuse.passes.rewrite import copy_graph_module
 from flashfuse.report import CheckItem, ModelCheck
 
@@ -158,6 +158,8 @@ def without_dropout(gm: fx.GraphModule) -> fx.GraphModule:
             node.args = tuple(args)
             if "dropout_p" in node.kwargs:
                 node.kwargs = {**node.kwargs, "dropout_p": 0.0}
+        elif inline.drops(node):
+            inline.keeps_all(node)
         elif node.target is torch.ops.flashfuse.attention.default:
             node.args = (*node.args[:6], None, node.args[7], 0.0, *node.args[9:])
     for name, child in list(copied.named_children()):
@@ -298,6 +300,8 @@ def check_graph(
     names = [_user_name(n) for n in placeholders]
     # Running statistics and the like: some operations refuse to be differentiated by them.
     buffers = {i for i, n in enumerate(placeholders) if "_buffers_" in n.name}
+    graphs = [m.graph for m in original.modules() if isinstance(m, fx.GraphModule)]
+    backward = backward and not any(n.target in inline.FORWARD_ONLY for g in graphs for n in g.nodes)
     items = check_runs(plain, ours, exact_copy(plain), inputs, names, backward, without_grad=buffers)
     notes = (NO_DROPOUT,) if _has_dropout(original) else ()
     return ModelCheck(all(i.ok for i in items), items, notes=notes)
@@ -308,6 +312,8 @@ NO_DROPOUT = "without dropout, which the checks of the sites include"
 
 def _has_dropout(gm: fx.GraphModule) -> bool:
     for node in gm.graph.nodes:
+        if inline.drops(node):
+            return True
         op = dialect.read(node)
         if op is None:
             continue

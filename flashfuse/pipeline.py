@@ -8,15 +8,17 @@ is never changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
 from flashfuse.checker import SiteChecker
+from flashfuse.kernels.spec import Reason
 from flashfuse.options import Options
 from flashfuse.passes import nodes
 from flashfuse.passes.find import find_regions
-from flashfuse.passes.plan import Fuse, SitePlan, plan
+from flashfuse.passes.inline import inline
+from flashfuse.passes.plan import Fuse, Left, SitePlan, plan
 from flashfuse.passes.region import AttentionRegion
 from flashfuse.passes.rewrite import copy_graph_module, rewrite
 from flashfuse.report import Report, SiteCheck, SiteReport
@@ -49,13 +51,7 @@ def run(
 
 
 def _run(gm: fx.GraphModule, checker: SiteChecker | None) -> tuple[fx.GraphModule, tuple[SiteReport, ...]]:
-    new = copy_graph_module(gm)
-    nodes.name_in_place_results(new.graph)
-    plans = plan(find_regions(new.graph))
-    checks: dict[str, SiteCheck] = {}
-    if checker is not None:
-        plans, checks = checker.check_all(plans)
-    plans = rewrite(new, plans)
+    new, plans, checks = _rewritten(gm, checker)
     sites = [site_report(p, checks.get(p.region.name if isinstance(p, Fuse) else p.site.name)) for p in plans]
     changed = any(isinstance(p, Fuse) for p in plans)
     for name, child in list(gm.named_children()):
@@ -66,6 +62,43 @@ def _run(gm: fx.GraphModule, checker: SiteChecker | None) -> tuple[fx.GraphModul
                 setattr(new, name, new_child)
                 changed = True
     return (new if changed else gm), tuple(sites)
+
+
+def _rewritten(
+    gm: fx.GraphModule, checker: SiteChecker | None
+) -> tuple[fx.GraphModule, tuple[SitePlan, ...], dict[str, SiteCheck]]:
+    """A rewritten copy of ``gm``, what became of each site, and the checks.
+
+    Calls that hold attention are taken apart first.  Those of which nothing is fused are put back, that
+    is, the copy is made again without them, and what was found inside is why the call is left.
+    """
+    wanted: frozenset[str] | None = None
+    inside: dict[str, tuple[Reason, ...]] = {}
+    while True:
+        new = copy_graph_module(gm)
+        inlined = inline(new, wanted)
+        nodes.name_in_place_results(new.graph)
+        plans = plan(find_regions(new.graph))
+        checks: dict[str, SiteCheck] = {}
+        if checker is not None:
+            plans, checks = checker.check_all(plans)
+        plans = rewrite(new, plans)
+        fused = {p.region.output for p in plans if isinstance(p, Fuse)}
+        useful = frozenset(call.name for call in inlined if call.nodes & fused)
+        if len(useful) == len(inlined):
+            return new, explained(plans, inside), checks
+        wanted = useful
+        for call in inlined:
+            left = [p for p in plans if isinstance(p, Left) and p.site.output in call.nodes]
+            inside[call.name] = tuple(reason for p in left for reason in p.reasons)
+
+
+def explained(plans: Sequence[SitePlan], inside: Mapping[str, tuple[Reason, ...]]) -> tuple[SitePlan, ...]:
+    """``plans`` with the reasons found inside a call for leaving it, where there are any."""
+    return tuple(
+        Left(p.site, inside[p.site.name]) if isinstance(p, Left) and inside.get(p.site.name) else p
+        for p in plans
+    )
 
 
 def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:

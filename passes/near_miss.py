@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import dialect, nodes
+from flashfuse.passes.inline import is_whole
 from flashfuse.passes.nodes import shape
 from flashfuse.passes.region import NearMiss
 from flashfuse.passes.softmax import read_softmax
 
 _WHOLE = Reason(
     "whole_module",
-    "Dynamo keeps multi_head_attention_forward as a single call and does not trace what is inside",
+    "this call holds attention and could not be taken apart exactly",
     hint="capture the model with torch.export and rewrite that graph",
 )
 
@@ -27,7 +27,7 @@ def near_misses(graph: fx.Graph, live: set[fx.Node], claimed: set[fx.Node]) -> I
         claimed: softmaxes that were read already.
     """
     for node in graph.nodes:
-        if node.target is torch.nn.functional.multi_head_attention_forward and node in live:
+        if is_whole(node) and node in live:
             yield NearMiss(node.name, node, (_WHOLE,), nodes.source(node))
         if node in claimed or node not in live:
             continue
