@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flashfuse.kernels.expr import Expr
 from flashfuse.kernels.reference import environment, evaluate
+from flashfuse.proof.key import BESIDE
 
 if TYPE_CHECKING:
     from flashfuse.site import Site
@@ -53,8 +54,9 @@ def input_sets(site: Site) -> Iterator[InputSet]:
     """Every set that says something about ``site``."""
     yield InputSet("", site.random_inputs())
     huge = scaled(_factor_of_huge(site))
-    yield InputSet("scores of 1e4", site.random_inputs({"q": huge, "k": huge}), cancels=True)
-    yield InputSet("ties", site.random_inputs({"q": scaled(0), "k": scaled(0)}))
+    rows = [name for name in site.names if name in ("q", "k") or BESIDE.match(name)]
+    yield InputSet("scores of 1e4", site.random_inputs(dict.fromkeys(rows, huge)), cancels=True)
+    yield InputSet("ties", site.random_inputs(dict.fromkeys(rows, scaled(0))))
     yield InputSet("subnormal", site.random_inputs(dict.fromkeys("qkv", subnormal)), flushes=True)
     # Not k or v: keys or values that are all alike have gradients that an eager softmax cancels to 0.
     strides: dict[str, Draw] = {"q": broadcast, "k": transposed, "v": gapped}

@@ -21,7 +21,7 @@ from flashfuse.passes import dialect, nodes
 from flashfuse.passes.plan import Fuse
 from flashfuse.passes.region import AttentionRegion
 from flashfuse.passes.rewrite import Emitter
-from flashfuse.proof.key import cut_nodes, site_nodes
+from flashfuse.proof.key import BESIDE, cut_nodes, site_nodes
 from flashfuse.report import CheckItem
 
 # --- the user's nodes ---------------------------------------------------------------------------
@@ -158,7 +158,8 @@ class Site:
         """By name: the size of what a fused kernel has to round, where that is larger than the result."""
         if kind.cancels:
             q, k, v, captures, ints = self.arguments(kind.inputs)[:5]
-            return magnitudes(q, k, v, captures, ints, self.program)
+            found = magnitudes(q, k, v, captures, ints, self.program)
+            return found | {name: found[name[0]] for name in self.names if BESIDE.match(name)}
         if kind.flushes and any(device.type == "cuda" for device in devices_of(kind.inputs)):
             # A few products below the smallest normal number, each taken for 0.
             size = 4 * torch.finfo(torch.float32).smallest_normal / torch.finfo(self.computed_in).eps

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from flashfuse.kernels import expr as E
-from flashfuse.kernels.expr import KV, B, Expr, H, Q, S, const
+from flashfuse.kernels.expr import KV, B, H, Q, S, const
 from flashfuse.kernels.spec import AVERAGING, Reason
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.dialect import Op
@@ -22,8 +22,9 @@ from flashfuse.passes.lift import Lift
 from flashfuse.passes.near_miss import near_misses, scores_like
 from flashfuse.passes.nodes import Memory, Size, same, shape
 from flashfuse.passes.operands import Operand, copies
+from flashfuse.passes.products import Reading, Rows, readings, reads
 from flashfuse.passes.region import AttentionRegion, Frame, NearMiss, Refused, assemble, frames
-from flashfuse.passes.rules import SUMMED, Product, contraction
+from flashfuse.passes.rules import SUMMED, contraction
 from flashfuse.passes.softmax import softmax_above
 
 
@@ -112,7 +113,7 @@ class Candidate:
 
 
 def _copies(region: AttentionRegion) -> int:
-    return sum(copies(o) for o in (region.q, region.k, region.v))
+    return sum(copies(o) for o in region.operands)
 
 
 class WeightedSum(Candidate):
@@ -129,17 +130,18 @@ class WeightedSum(Candidate):
         self.softmax = softmax.parts
 
     def frames(self) -> Iterator[Frame]:
-        q_at, d_at = self._places()
-        yield from frames(shape(self.node), q_at, d_at, self._kv_len())
+        rows, d_at = self._places()
+        for q_at in rows:
+            yield from frames(shape(self.node), q_at, d_at, self._kv_len())
 
     def _kv_len(self) -> Size:
         return shape(self.found.input)[self.found.dim]
 
-    def _places(self) -> tuple[int, int]:
-        """Which output dimension runs over queries, and which over the columns of v."""
+    def _places(self) -> tuple[list[int], int]:
+        """Which output dimensions can run over queries, and which one over the columns of v."""
         rank = len(shape(self.node))
         if self.op.name != "einsum":
-            return (rank - 2, rank - 1) if self.side == "a" else (rank - 1, rank - 2)
+            return ([rank - 2], rank - 1) if self.side == "a" else ([rank - 1], rank - 2)
         marks = tuple(E.var(f"o{i}") for i in range(rank))
         product = contraction(self.node, self.op, marks)
         if product is None:
@@ -151,7 +153,7 @@ class WeightedSum(Candidate):
         only_values = [i for i, m in enumerate(marks) if m in values and m not in weights]
         if not only_weights or not only_values:
             raise Refused(Reason("not_attention", "a product without separate rows and columns"))
-        return only_weights[-1], only_values[-1]
+        return _longest_first(only_weights, shape(self.node)), only_values[-1]
 
     def read(self, frame: Frame, memory: Memory, live: set[fx.Node]) -> AttentionRegion:
         lift = frame.lift
@@ -262,6 +264,19 @@ class WeightedSum(Candidate):
 _COLUMN = E.var("e")
 
 
+def _longest_first(dims: list[int], sizes: tuple[Size, ...]) -> list[int]:
+    """Dimensions that v lacks: one runs over queries, the others over heads that share v.
+
+    A symbolic size is taken for a length.
+    """
+
+    def length(d: int) -> tuple[bool, int, int]:
+        n = sizes[d]
+        return (False, n, d) if isinstance(n, int) else (True, 0, d)
+
+    return sorted(dims, key=length, reverse=True)
+
+
 class SdpaCall(Candidate):
     """A call of ``scaled_dot_product_attention``."""
 
@@ -327,24 +342,11 @@ class SdpaCall(Candidate):
             raise Refused(Reason("sdpa_mask", str(stop))) from None
         if args.get("is_causal"):
             score = E.where(E.compare("<=", KV, Q), score, const(-torch.inf))
-        operands = (
-            Operand(q, (*lead(q), Q, SUMMED)),
-            Operand(k, (*lead(k), KV, SUMMED)),
-            Operand(v, (*lead(v), KV, SUMMED)),
-        )
+        rows = Rows(Operand(q, (*lead(q), Q, SUMMED)), Operand(k, (*lead(k), KV, SUMMED)), shape(q)[-1])
         return assemble(
-            self.node,
-            plain,
-            operands,
-            shape(q)[-1],
-            score,
-            nodes.value(q).dtype,
-            [],
-            float(dropout_p),
-            memory,
-            live,
-            True,
-        )
+            self.node, plain, (rows,), Operand(v, (*lead(v), KV, SUMMED)), score, nodes.value(q).dtype, [],
+            float(dropout_p), memory, live, True,
+        )  # fmt: skip
 
 
 # --- from a reading to a region -----------------------------------------------------------------
@@ -363,51 +365,35 @@ def _region(
     zero_dead_rows: bool,
 ) -> AttentionRegion:
     """The region whose softmax normalises ``scores`` at ``index``."""
-    lift = frame.lift
-    products: list[tuple[Operand, Operand, Size]] = []
+    refused: list[Refused] = []
+    for reading in readings(frame.lift, scores, index):
+        frame.lift = reading.lift
+        try:
+            _check_products(reading, frame, scores)
+            return assemble(
+                candidate.node, frame, reading.products, v, reading.score, _dtype(scores), chain, dropout_p,
+                memory, live, zero_dead_rows,
+            )  # fmt: skip
+        except Refused as refusal:
+            refused.append(refusal)
+    raise refused[-1]
 
-    def at_product(product: Product) -> Expr | None:
-        a, b = Operand(product.a, product.a_index), Operand(product.b, product.b_index)
-        if _reads(a, KV) or _reads(b, Q):
-            a, b = b, a
-        one_row, one_key = (same(lift.bounds[name], 1) for name in ("q", "kv"))
-        if not (_reads(a, Q) or one_row) or not (_reads(b, KV) or one_key) or _reads(a, KV) or _reads(b, Q):
-            return None
-        if (a, b, product.length) not in products:
-            if products:
-                return None
-            products.append((a, b, product.length))
-        return S
 
-    lift.at_product = at_product
-    score = lift.element(scores, index)
-    if not E.contains(score, S):
-        if products or scores_like(scores):
-            raise Refused(_why_no_product(scores, lift))
+def _dtype(node: fx.Node) -> torch.dtype:
+    example = nodes.tensor(node)
+    assert example is not None
+    return example.dtype
+
+
+def _check_products(reading: Reading, frame: Frame, scores: fx.Node) -> None:
+    if not E.contains(reading.score, S):
+        if reading.products or scores_like(scores):
+            raise Refused(_why_no_product(scores, reading.lift))
         raise Refused(Reason("not_attention", "the softmax input is not a product of two tensors"))
-    q, k, head_dim = products[0]
-    if same(lift.bounds["q"], 1) and not any(_reads(k, e) for e in (B, H)) and not same(frame.batch, 1):
+    shared = all(not reads(p.k, e) for p in reading.products for e in (B, H))
+    if same(frame.lift.bounds["q"], 1) and shared and not same(frame.batch, 1):
         # A router of experts: every row against a matrix that all share is a projection.
         raise Refused(Reason("not_attention", "one query per entry of the batch, and the same keys for all"))
-    scores_value = nodes.tensor(scores)
-    assert scores_value is not None
-    return assemble(
-        candidate.node,
-        frame,
-        (q, k, v),
-        head_dim,
-        score,
-        scores_value.dtype,
-        chain,
-        dropout_p,
-        memory,
-        live,
-        zero_dead_rows,
-    )
-
-
-def _reads(operand: Operand, variable: Expr) -> bool:
-    return any(E.contains(e, variable) for e in operand.index)
 
 
 def _why_no_product(scores: fx.Node, lift: Lift) -> Reason:

@@ -67,6 +67,14 @@ class Lift:
     """Every index met on the way."""
     _memo: dict[tuple[fx.Node, Index], Expr] = field(default_factory=dict)
 
+    def copy(self) -> Lift:
+        """A lift that knows as much, and tells this one nothing."""
+        scope = Scope(dict(self.scope.captures), dict(self.scope.ints), dict(self.scope.sizes))
+        return Lift(
+            scope, dict(self.bounds), self.at_product, self.opaque, dict(self.visited), dict(self.leaves),
+            dict(self.stops), set(self.indices),
+        )  # fmt: skip
+
     # --- entry --------------------------------------------------------------------------------
 
     def element(self, node: fx.Node, index: Index) -> Expr:

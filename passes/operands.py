@@ -13,7 +13,7 @@ from flashfuse.passes import dialect, nodes
 from flashfuse.passes.indices import Index, NotLiftable, source_index
 from flashfuse.passes.lift import Lift
 from flashfuse.passes.nodes import Size, same, shape
-from flashfuse.passes.rules import SUMMED
+from flashfuse.passes.rules import SUMMED, piece
 
 
 @dataclass(frozen=True)
@@ -119,27 +119,51 @@ def source(operand: Operand, length: Size, lift: Lift) -> Operand | None:
     node, index = operand.node, operand.index
     while True:
         lift.indices.update(index)
-        op = None if node in lift.opaque else dialect.read(node)
-        if op is None or op.mutates or op.name == "detach":
+        parent = _above(Operand(node, index), lift)
+        if parent is None:
             break
-        if op.name == "cat":
-            tensors = [t for t in op.args["tensors"] if len(shape(t)) != 1]
-            moved = index if len(tensors) == 1 else None
-            parent = tensors[0] if tensors else None
-        else:
-            try:
-                moved = source_index(lift, node, op, index)
-            except NotLiftable:
-                break
-            parent = op.args.get("input")
-        if moved is None or not isinstance(parent, fx.Node):
-            break
-        node, index = parent, tuple(lift.simplify(e) for e in moved)
+        node, index = parent.node, parent.index
         if not all(_runs_over(index, e) for e in own):
             break
         if is_view(Operand(node, index), lift):
             best = Operand(node, index)
     return best
+
+
+def origin(operand: Operand, lift: Lift) -> Operand:
+    """The earliest tensor whose elements ``operand`` reads, not all of them nor as a view perhaps.
+
+    Two operands of one origin are the same function of the indices.
+    """
+    while True:
+        parent = _above(operand, lift)
+        if parent is None:
+            return operand
+        operand = parent
+
+
+def _above(operand: Operand, lift: Lift) -> Operand | None:
+    """The same elements in the tensor that ``operand.node`` takes them from; ``None`` where it made them."""
+    node, index = operand.node, operand.index
+    op = None if node in lift.opaque else dialect.read(node)
+    if op is None or op.mutates or op.name == "detach":
+        return None
+    parent = op.args.get("input")
+    try:
+        if op.name == "cat":
+            tensors = [t for t in op.args["tensors"] if len(shape(t)) != 1]
+            moved = index if len(tensors) == 1 else None
+            parent = tensors[0] if tensors else None
+        elif op.name == "getitem" and isinstance(nodes.value(parent), (tuple, list)):
+            found = piece(lift, parent, op.args["index"], index)
+            parent, moved = found if parent not in lift.opaque else (parent, None)
+        else:
+            moved = source_index(lift, node, op, index)
+    except NotLiftable:
+        return None
+    if moved is None or not isinstance(parent, fx.Node):
+        return None
+    return Operand(parent, tuple(lift.simplify(e) for e in moved))
 
 
 def _runs_over(index: Index, variable: Expr) -> bool:

@@ -61,7 +61,7 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
     if isinstance(site, NearMiss):
         return Left(site, site.reasons)
     device = nodes.value(site.output).device
-    devices = {nodes.value(n).device for n in (site.q.node, site.k.node, site.v.node, *_captured(site))}
+    devices = {nodes.value(n).device for n in (*(o.node for o in site.operands), *_captured(site))}
     if devices != {device}:
         return Left(
             site, (Reason("device", f"the site mixes devices: {', '.join(sorted(map(str, devices)))}"),)
@@ -93,10 +93,9 @@ def _nbytes(node: Any) -> Any:
 def cost(region: AttentionRegion) -> Cost:
     """What the site costs before and after; symbolic under dynamic shapes."""
     s = region.shape
-    once = sum(_nbytes(o.node) for o in (region.q, region.k, region.v)) + _nbytes(region.output)
+    once = sum(_nbytes(o.node) for o in region.operands) + _nbytes(region.output)
     scores = sum(
-        2 * _nbytes(n)
-        for n in {*region.interior, *region.masks} - {region.q.node, region.k.node, region.v.node}
+        2 * _nbytes(n) for n in {*region.interior, *region.masks} - {o.node for o in region.operands}
     )
     lse = 4 * s.batch * s.num_q_heads * s.q_len
     captured = sum(_nbytes(n) for n in dict.fromkeys(_captured(region)))

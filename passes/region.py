@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from flashfuse.passes.indices import Index
 from flashfuse.passes.lift import Lift, Scope
 from flashfuse.passes.nodes import Memory, Size, same, shape
 from flashfuse.passes.operands import Operand, folded_heads_of, source
+from flashfuse.passes.products import Rows
 from flashfuse.passes.rules import SUMMED
 
 
@@ -41,13 +42,21 @@ class AttentionRegion:
     """Other nodes that the lift looked through; removed where nothing else needs them."""
     notes: tuple[str, ...]
     source: str
+    beside: tuple[tuple[Operand, Operand], ...] = ()
+    """Rows of further products, laid beside those of q and of k: pairs of them."""
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """q, k, v and what is laid beside q and k."""
+        return (self.q, self.k, self.v, *(o for pair in self.beside for o in pair))
 
     def mapped(self, mapping: Mapping[fx.Node, fx.Node]) -> AttentionRegion:
         """The same site over the nodes of another graph that hold the same values."""
         captures = {name: mapping[self.scope.captures[name]] for name in self.program.captures}
-        q, k, v = (Operand(mapping[o.node], o.index) for o in (self.q, self.k, self.v))
+        q, k, v, *rest = (Operand(mapping[o.node], o.index) for o in self.operands)
+        beside = tuple(zip(rest[::2], rest[1::2], strict=True))
         return dataclasses.replace(
-            self, scope=dataclasses.replace(self.scope, captures=captures), q=q, k=k, v=v
+            self, scope=dataclasses.replace(self.scope, captures=captures), q=q, k=k, v=v, beside=beside
         )
 
 
@@ -138,8 +147,8 @@ def _folded_heads(lift: Lift) -> int | None:
 def assemble(
     node: fx.Node,
     frame: Frame,
-    operands: tuple[Operand, Operand, Operand],
-    head_dim: Size,
+    products: Sequence[Rows],
+    values: Operand,
     score: Expr,
     score_dtype: torch.dtype,
     chain: list[fx.Node],
@@ -149,21 +158,23 @@ def assemble(
     zero_dead_rows: bool,
 ) -> AttentionRegion:
     lift = frame.lift
-    lengths = (head_dim, head_dim, lift.bounds["d"])
+    columns = lift.bounds["d"]
     chain_nodes = dict.fromkeys(chain)
     interior = dict.fromkeys(n for n, e in lift.visited.items() if E.contains(e, S)) | chain_nodes
     interior |= dict.fromkeys(u for n in interior for u in n.users if u.target in _ASSERTIONS)
     masks = dict.fromkeys(n for n in lift.visited if n not in interior)
     inside = {*interior, node}
     _check_escapes(inside, masks, lift, live, memory, node)
-    q, k, v = (_view(operand, length, lift) for operand, length in zip(operands, lengths, strict=True))
-    shape_ = _shape(frame, q, k, v, lift, node)
+    rows = [(_view(p.q, p.length, lift), _view(p.k, p.length, lift)) for p in products]
+    (q, k), v = rows[0], _view(values, columns, lift)
+    shape_ = _shape(frame, rows, v, node)
     if not score_dtype.is_floating_point:
         raise Refused(Reason("dtype", f"the scores are {str(score_dtype).removeprefix('torch.')}"))
     program = analyse.program(score, score_dtype, lift, shape_, zero_dead_rows)
     if isinstance(program, Reason):
         raise Refused(program)
-    loads = dict.fromkeys((*(lift.scope.captures[name] for name in program.captures), q.node, k.node, v.node))
+    operands = [o.node for o in (q, k, v, *(o for pair in rows for o in pair))]
+    loads = dict.fromkeys((*(lift.scope.captures[name] for name in program.captures), *operands))
     for leaf in loads:
         if leaf in inside:
             raise Refused(
@@ -188,7 +199,7 @@ def assemble(
     notes = _assumptions(score, program)
     return AttentionRegion(
         node.name, node, tuple(frame.out_index), q, k, v, shape_, program, lift.scope, dropout_p,
-        tuple(interior), tuple(masks), notes, nodes.source(node),
+        tuple(interior), tuple(masks), notes, nodes.source(node), tuple(rows[1:]),
     )  # fmt: skip
 
 
@@ -257,7 +268,9 @@ def _assumptions(score: Expr, program: ScoreProgram) -> tuple[str, ...]:
     return tuple(f"the constant {v:.4g} is taken as a mask" for v in values if v != float("-inf"))
 
 
-def _shape(frame: Frame, q: Operand, k: Operand, v: Operand, lift: Lift, node: fx.Node) -> AttentionShape:
+def _shape(
+    frame: Frame, rows: Sequence[tuple[Operand, Operand]], v: Operand, node: fx.Node
+) -> AttentionShape:
     def heads(operand: Operand) -> Size:
         own = [n for e, n in zip(operand.index, shape(operand.node), strict=True) if E.contains(e, H)]
         folded = any(folded_heads_of(e) is not None for e in operand.index)
@@ -267,10 +280,14 @@ def _shape(frame: Frame, q: Operand, k: Operand, v: Operand, lift: Lift, node: f
         return next((n for e, n in zip(operand.index, shape(operand.node), strict=True) if e == SUMMED), 1)
 
     # k and v may be shared by different numbers of heads; the larger is kept for both.
+    shared = [heads(o) for o in (v, *(k for _, k in rows))]
+    kv_heads = shared[0] if all(same(n, shared[0]) for n in shared) else frame.heads
+    head_dim: Size = sum(column(q) for q, _ in rows)
+    bounds = frame.lift.bounds
+    dtype = _compute_dtype(node, *(o for pair in rows for o in pair), v)
     return AttentionShape(
-        frame.batch, frame.heads, heads(k) if same(heads(k), heads(v)) else frame.heads,
-        lift.bounds["q"], lift.bounds["kv"], column(q), column(v), _compute_dtype(node, q, k, v),
-    )  # fmt: skip
+        frame.batch, frame.heads, kv_heads, bounds["q"], bounds["kv"], head_dim, column(v), dtype
+    )
 
 
 def _compute_dtype(node: fx.Node, *operands: Operand) -> torch.dtype:

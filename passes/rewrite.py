@@ -146,13 +146,12 @@ class Emitter:
         """The operator call for ``region`` and what brings its inputs and output into order."""
         s, program = region.shape, region.program
         example = nodes.value(region.output)
-        self.batch_holders = [
-            (o.node, d) for o in (region.q, region.k, region.v) for d in range(len(nodes.shape(o.node)))
-        ]
+        self.batch_holders = [(o.node, d) for o in region.operands for d in range(len(nodes.shape(o.node)))]
         # randint and the like take no tensor that would say that values are fake.
         self._mode = example.fake_mode if isinstance(example, FakeTensor) else None
-        q = self.bhsd(region.q, Q, s.batch, s.num_q_heads, s.num_q_heads, s.dtype)
-        k = self.bhsd(region.k, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype)
+        qs, ks = [region.q, *(q for q, _ in region.beside)], [region.k, *(k for _, k in region.beside)]
+        q = self.side_by_side([self.bhsd(o, Q, s.batch, s.num_q_heads, s.num_q_heads, s.dtype) for o in qs])
+        k = self.side_by_side([self.bhsd(o, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype) for o in ks])
         v = self.bhsd(region.v, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype)
         captures = [self.capture(region.scope.captures[name]) for name in program.captures]
         holders = [(n, d) for n in (q, k, v, *captures) for d in range(len(nodes.shape(n)))]
@@ -188,6 +187,9 @@ class Emitter:
     def capture(self, node: fx.Node) -> fx.Node:
         """A captured tensor; one without dimensions as one of a single element."""
         return node if nodes.shape(node) else self.call("reshape", node, (1,))
+
+    def side_by_side(self, rows: list[fx.Node]) -> fx.Node:
+        return rows[0] if len(rows) == 1 else self.call(torch.cat, rows, -1)
 
     def bhsd(
         self, operand: Operand, row: Expr, batch: Any, heads: Any, own_heads: Any, dtype: torch.dtype

@@ -87,7 +87,7 @@ def _is_float(node: fx.Node) -> bool:
 def _indexed(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     source = op.input
     if isinstance(source, fx.Node) and isinstance(nodes.value(source), (tuple, list)):
-        return _piece(lift, node, source, op.args["index"], index)
+        return lift.element(*piece(lift, source, op.args["index"], index))
     if op.name == "getitem":
         moved = source_index(lift, node, op, index)
         if moved is not None:
@@ -119,8 +119,12 @@ def _gather(lift: Lift, source: fx.Node, items: Sequence[Any], index: Index) -> 
     return lift.element(source, (*positions, *tail))
 
 
-def _piece(lift: Lift, node: fx.Node, pieces: fx.Node, which: Any, index: Index) -> Expr:
-    """One result of ``chunk``, ``split`` or ``unbind``."""
+def piece(lift: Lift, pieces: fx.Node, which: Any, index: Index) -> tuple[fx.Node, Index]:
+    """Where one result of ``chunk``, ``split`` or ``unbind`` lies in the tensor that was cut.
+
+    Raises:
+        NotLiftable: an element of another tuple.
+    """
     op = dialect.read(pieces)
     example = nodes.value(pieces)
     if op is None or op.name not in ("chunk", "split", "unbind") or not isinstance(which, int):
@@ -129,9 +133,9 @@ def _piece(lift: Lift, node: fx.Node, pieces: fx.Node, which: Any, index: Index)
     rank = len(shape(op.input))
     d = dimension(op.get("dim", 0), rank)
     if op.name == "unbind":
-        return lift.element(op.input, (*index[:d], const(which), *index[d:]))
-    start = sum(size_of(piece.shape[d]) for piece in example[:which])
-    return lift.element(op.input, (*index[:d], E.add(index[d], lift.size(start)), *index[d + 1 :]))
+        return op.input, (*index[:d], const(which), *index[d:])
+    start = sum(size_of(part.shape[d]) for part in example[:which])
+    return op.input, (*index[:d], E.add(index[d], lift.size(start)), *index[d + 1 :])
 
 
 @_rule("cat")

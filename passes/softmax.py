@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from flashfuse.kernels import expr as E
@@ -44,7 +45,12 @@ def read_softmax(node: fx.Node) -> Softmax | None:
         example = nodes.tensor(op.input)
         if example is None or not isinstance(dim, int) or not example.ndim:
             return None
-        return Softmax(node, op.input, dim % example.ndim, (node,), op.name == "safe_softmax")
+        dim %= example.ndim
+        if op.name == "safe_softmax":
+            # Its rows of −inf are 0; with their maximum subtracted they are NaN.
+            return Softmax(node, op.input, dim, (node,), zero_dead_rows=True)
+        x, shifting = _without_shift(op.input, dim)
+        return Softmax(node, x, dim, (node, *shifting))
     if op.name == "where":
         return _with_zero_dead_rows(node, op)
     if op.name == "exp":
@@ -96,7 +102,9 @@ def _exponential_of_log(node: fx.Node, op: Op) -> Softmax | None:
         return None
     x = logs.input
     if logs.name == "log_softmax" and isinstance(logs.args.get("dim"), int):
-        return Softmax(node, x, logs.args["dim"] % len(shape(x)), (node, op.input))
+        dim = logs.args["dim"] % len(shape(x))
+        x, shifting = _without_shift(x, dim)
+        return Softmax(node, x, dim, (node, op.input, *shifting))
     if logs.name == "sub" and logs.get("alpha", 1) == 1:
         total = _row_reduction(logs.args["other"], ("logsumexp",), x)
         if total is not None:
@@ -116,27 +124,61 @@ def _decomposed(node: fx.Node, op: Op) -> Softmax | None:
     if total is None:
         return None
     dim, summing = total
-    x = exponential.input
     parts = (node, *summing, numerator)
-    shifted = dialect.read(x)
-    if shifted is not None and shifted.name == "sub" and shifted.get("alpha", 1) == 1:
-        above = shifted.input
-        peak = _row_reduction(shifted.args["other"], ("amax", "max"), above)
-        if peak is not None and peak[0] == dim:
-            return Softmax(node, above, dim, (*parts, x, *peak[1]))
-    return Softmax(node, x, dim, parts, shifted=False)
+    # Below the maximum of all rows, those of one row can all vanish.
+    x, shifting = _without_shift(exponential.input, dim, by_row=True)
+    return Softmax(node, x, dim, (*parts, *shifting), shifted=bool(shifting))
+
+
+def _without_shift(x: fx.Node, dim: int, by_row: bool = False) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """What is normalised before its maximum was subtracted, and the nodes that do so.
+
+    A softmax does not change, nor do its gradients, where something constant along ``dim`` is subtracted.
+    Only a maximum over ``dim``, or over more, is known to leave −∞ and finite minima what they are.
+    """
+    passed: list[fx.Node] = []
+    casts: list[fx.Node] = []
+    node = x
+    while True:
+        op = dialect.read(node)
+        if op is None or op.mutates or not isinstance(op.args.get("input"), fx.Node):
+            return x, tuple(passed)
+        above = op.input
+        if op.name == "sub" and op.get("alpha", 1) == 1 and nodes.tensor(above) is not None:
+            peak = _reduction(op.args["other"], ("amax", "max"), above)
+            if peak is None or dim not in peak[0] or shape(above) != shape(node):
+                return x, tuple(passed)
+            # Minus the maximum of another row, the finite minimum of float16 is −∞.
+            if len(peak[0]) > 1 and (by_row or nodes.value(node).dtype == torch.float16):
+                return x, tuple(passed)
+            passed += [*casts, node, *peak[1]]
+            x, casts = above, []
+        elif op.name in dialect.CASTS and nodes.value(node).dtype.is_floating_point:
+            casts.append(node)
+        else:
+            return x, tuple(passed)
+        node = above
 
 
 def _row_reduction(node: Any, names: tuple[str, ...], x: Any) -> tuple[int, tuple[fx.Node, ...]] | None:
     """The dimension and the nodes, where ``node`` is a reduction of ``x`` broadcast back over its rows."""
+    found = _reduction(node, names, x)
+    return (found[0][0], found[1]) if found is not None and len(found[0]) == 1 else None
+
+
+def _reduction(
+    node: Any, names: tuple[str, ...], x: Any
+) -> tuple[tuple[int, ...], tuple[fx.Node, ...]] | None:
+    """The dimensions and the nodes, where ``node`` is a reduction of ``x`` that each element of x meets."""
     if not isinstance(node, fx.Node) or not isinstance(x, fx.Node) or nodes.tensor(x) is None:
         return None
-    if nodes.tensor(node) is None or len(shape(node)) != len(shape(x)):
+    if nodes.tensor(node) is None or len(shape(node)) > len(shape(x)):
         return None
     sizes = shape(x)
     lift = Lift(Scope(), {f"o{i}": n for i, n in enumerate(sizes)})
     marks = [E.var(f"o{i}") for i in range(len(sizes))]
-    index = tuple(const(0) if same(n, 1) else m for n, m in zip(shape(node), marks, strict=True))
+    aligned = marks[len(marks) - len(shape(node)) :]
+    index = tuple(const(0) if same(n, 1) else m for n, m in zip(shape(node), aligned, strict=True))
     through: list[fx.Node] = []
     while isinstance(node, fx.Node):
         op = dialect.read(node)
@@ -144,13 +186,12 @@ def _row_reduction(node: Any, names: tuple[str, ...], x: Any) -> tuple[int, tupl
             return None
         through.append(node)
         if op.name in names:
-            dim = _single_dim(op, len(sizes))
-            if op.input is not x or dim is None:
+            dims = _dims(op, len(sizes))
+            if op.input is not x or dims is None:
                 return None
-            kept = (const(0),) if op.get("keepdim", False) else ()
-            wanted = [const(0) if same(n, 1) else m for n, m in zip(sizes, marks, strict=True)]
-            reads_its_row = index == (*wanted[:dim], *kept, *wanted[dim + 1 :])
-            return (dim, tuple(through)) if reads_its_row else None
+            wanted = [const(0) if d in dims or same(n, 1) else marks[d] for d, n in enumerate(sizes)]
+            left = range(len(sizes)) if op.get("keepdim", False) else sorted({*range(len(sizes))} - {*dims})
+            return (dims, tuple(through)) if index == tuple(wanted[d] for d in left) else None
         if op.name == "getitem" and op.args["index"] == 0 and nodes.tensor(op.input) is None:
             node = op.input
         elif op.name == "detach" and "sum" not in names and "logsumexp" not in names:
@@ -168,10 +209,19 @@ def _row_reduction(node: Any, names: tuple[str, ...], x: Any) -> tuple[int, tupl
 
 
 def _single_dim(op: Op, rank: int) -> int | None:
-    dim = op.args.get("dim")
-    if isinstance(dim, (list, tuple)) and len(dim) == 1:
-        dim = dim[0]
-    return dim % rank if isinstance(dim, int) and not isinstance(dim, bool) else None
+    dims = _dims(op, rank)
+    return dims[0] if dims is not None and len(dims) == 1 and op.args.get("dim") is not None else None
+
+
+def _dims(op: Op, rank: int) -> tuple[int, ...] | None:
+    """The dimensions that a reduction runs over: all where none are named."""
+    dims = op.args.get("dim")
+    if dims is None or dims in ((), []):
+        return tuple(range(rank))
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    if any(not isinstance(d, int) or isinstance(d, bool) for d in dims):
+        return None
+    return tuple(d % rank for d in dims)
 
 
 _BETWEEN = (

@@ -17,13 +17,19 @@ from flashfuse.passes import dialect, nodes
 from flashfuse.passes.plan import Fuse
 from flashfuse.passes.region import AttentionRegion
 
+BESIDE = re.compile(r"[qk]_beside\d+$")
+"""Names of the rows that are laid beside those of q and k."""
+
 
 def cut_nodes(region: AttentionRegion) -> dict[fx.Node, str]:
     """The tensors that the site starts from, named ``q k v`` and as the program names its captures.
 
-    A tensor that plays two parts has the name of the first.
+    What is laid beside q and k is ``q_beside1 k_beside1`` and so on.  A tensor that plays two parts has the
+    name of the first.
     """
     parts = [("q", region.q.node), ("k", region.k.node), ("v", region.v.node)]
+    for n, (q, k) in enumerate(region.beside, 1):
+        parts += [(f"q_beside{n}", q.node), (f"k_beside{n}", k.node)]
     parts += [(name, region.scope.captures[name]) for name in region.program.captures]
     cut: dict[fx.Node, str] = {}
     for name, node in parts:
@@ -84,7 +90,7 @@ def site_key(plan: Fuse) -> tuple[Hashable, ...]:
     # Where memory is written to, the order of the nodes has a meaning of its own.
     written = any(dialect.writes(node) for node, leaf in is_leaf.items() if not leaf)
     order = tuple(number[node] for node in is_leaf) if written else ()
-    operands = [(number.get(o.node), tuple(map(str, o.index))) for o in (region.q, region.k, region.v)]
+    operands = [(number.get(o.node), tuple(map(str, o.index))) for o in region.operands]
     captures = [number.get(region.scope.captures[name]) for name in program.captures]
     ints = [_literal(nodes.value(region.scope.ints[name]), number) for name in program.ints]
     return (

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
-import zoo_layouts  # noqa: F401  (registers its specimens)
+import zoo_families  # noqa: F401  (registers its specimens)
+import zoo_layouts  # noqa: F401
 import zoo_masks  # noqa: F401
 import zoo_scores  # noqa: F401
 from torch import fx
