@@ -19,7 +19,7 @@ from flashfuse.passes import dialect, nodes
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable, source_index
 from flashfuse.passes.lift import Lift
-from flashfuse.passes.near_miss import near_misses, scores_like
+from flashfuse.passes.near_miss import near_misses, scores_like, why_not_a_product
 from flashfuse.passes.nodes import Memory, Size, same, shape
 from flashfuse.passes.operands import Operand, copies
 from flashfuse.passes.products import Reading, Rows, readings, reads
@@ -151,6 +151,9 @@ class WeightedSum(Candidate):
         )
         only_weights = [i for i, m in enumerate(marks) if m in weights and m not in values]
         only_values = [i for i, m in enumerate(marks) if m in values and m not in weights]
+        if only_values and not only_weights and scores_like(self.found.input):
+            message = "every query has keys and values of its own, so there are no rows that share them"
+            raise Refused(Reason("keys_per_query", message, nodes.source(self.node)))
         if not only_weights or not only_values:
             raise Refused(Reason("not_attention", "a product without separate rows and columns"))
         return _longest_first(only_weights, shape(self.node)), only_values[-1]
@@ -389,6 +392,9 @@ def _check_products(reading: Reading, frame: Frame, scores: fx.Node) -> None:
     if not E.contains(reading.score, S):
         if reading.products or scores_like(scores):
             raise Refused(_why_no_product(scores, reading.lift))
+        reason = why_not_a_product(scores)
+        if reason is not None:
+            raise Refused(reason)
         raise Refused(Reason("not_attention", "the softmax input is not a product of two tensors"))
     shared = all(not reads(p.k, e) for p in reading.products for e in (B, H))
     if same(frame.lift.bounds["q"], 1) and shared and not same(frame.batch, 1):

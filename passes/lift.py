@@ -117,7 +117,9 @@ class Lift:
     def _leaf(self, node: fx.Node, index: Index) -> Expr:
         self.leaves[node] = None
         sizes = shape(node)
-        pinned = [const(0) if same(n, 1) else self.simplify(i) for i, n in zip(index, sizes, strict=True)]
+        pinned = [
+            const(0) if same(sizes[d], 1) else self.simplify(index[d]) for d in nodes.captured_dims(node)
+        ]
         # A program has no empty index; the rewrite makes such a tensor one of a single element.
         return E.load(self._name(node), pinned or [const(0)])
 

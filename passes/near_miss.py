@@ -20,6 +20,12 @@ _WHOLE = Reason(
 )
 
 
+_LINEAR = Reason(
+    "linear_attention",
+    "not softmax attention: the softmaxes run over features, and no matrix of queries by keys is made",
+)
+
+
 def near_misses(graph: fx.Graph, live: set[fx.Node], claimed: set[fx.Node]) -> Iterator[NearMiss]:
     """Softmaxes of a product of two activations whose weights meet no product we can follow.
 
@@ -29,6 +35,8 @@ def near_misses(graph: fx.Graph, live: set[fx.Node], claimed: set[fx.Node]) -> I
     for node in graph.nodes:
         if is_whole(node) and node in live:
             yield NearMiss(node.name, node, (_WHOLE,), nodes.source(node))
+        if node in live and _is_linear_attention(node):
+            yield NearMiss(node.name, node, (_LINEAR,), nodes.source(node))
         if node in claimed or node not in live:
             continue
         softmax = read_softmax(node)
@@ -44,7 +52,7 @@ def near_misses(graph: fx.Graph, live: set[fx.Node], claimed: set[fx.Node]) -> I
                     "weights_path",
                     f"the softmax of a product of two tensors goes {where}, not to a product with v",
                     nodes.source(user) if user is not None else "",
-                    "apply only dropout, casts and reshapes to the weights before the product with v",
+                    _hint(user),
                 ),
             ),
             nodes.source(node),
@@ -74,6 +82,113 @@ def scores_like(scores: fx.Node) -> bool:
         if len(inputs) == 1 and nodes.tensor(node) is not None:
             row_by_row = row_by_row or shape(node) == shape(inputs[0])
         pending += inputs if row_by_row else []
+    return False
+
+
+def _hint(user: fx.Node | None) -> str:
+    """What would make the weights that ``user`` takes fusable."""
+    op = dialect.read(user) if user is not None else None
+    if op is not None and op.name in ("add", "sub", "mul", "getitem", "chunk", "select"):
+        return "scale or add up the products with v, not the weights: (P1 - c*P2) @ v is P1 @ v - c*(P2 @ v)"
+    return "apply only dropout, casts and reshapes to the weights before the product with v"
+
+
+def _is_linear_attention(node: fx.Node) -> bool:
+    """``softmax(q) @ (softmax(k).T @ v)``, whatever else is done row by row."""
+    op = dialect.read(node)
+    if op is None or op.name not in dialect.PRODUCTS:
+        return False
+    operands = _tensors(node)
+    for a, b in (operands, operands[::-1]) if len(operands) == 2 else ():
+        inner = _unscaled(b)
+        inner_op = dialect.read(inner)
+        if inner_op is not None and inner_op.name in dialect.PRODUCTS and _normalises_features(a):
+            return any(_normalises_features(n) for n in _tensors(inner))
+    return False
+
+
+def _normalises_features(node: fx.Node) -> bool:
+    softmax = read_softmax(_unscaled(node))
+    return softmax is not None and not scores_like(softmax.input)
+
+
+def _unscaled(node: fx.Node) -> fx.Node:
+    """What ``node`` is a view or a multiple of."""
+    while True:
+        op, inputs = dialect.read(node), _tensors(node)
+        if op is None or len(inputs) != 1 or read_softmax(node) is not None:
+            return node
+        if op.name not in dialect.VIEWS | dialect.CASTS | {"mul", "div", "contiguous", "dropout"}:
+            return node
+        node = inputs[0]
+
+
+def why_not_a_product(scores: fx.Node) -> Reason | None:
+    """What stands in the place of the product of q and k, where it compares rows in another way.
+
+    ``None`` where nothing of it looks like attention.
+    """
+    for node in _above(scores):
+        op = dialect.read(node)
+        if _target(node) == "cdist" or (_reduces(node, op) and _pairs_rows(node)):
+            message = (
+                f"the score is made of pairs of rows by `{node.name}`, which is not a product of q and k"
+            )
+            return Reason("pairwise_score", message, nodes.source(node))
+        product = op is not None and op.name in dialect.PRODUCTS
+        if (product or _target(node) in _MIXES) and any(scores_like(n) for n in _tensors(node)):
+            message = f"`{node.name}` mixes scores of several heads or positions before the softmax"
+            return Reason("scores_mixed", message, nodes.source(node))
+    return None
+
+
+_MIXES = ("linear", "conv1d", "conv2d", "conv3d")
+_REDUCTIONS = ("sum", "mean", "norm", "vector_norm", "linalg_vector_norm", "linear")
+
+
+def _target(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target._schema.name.rpartition("::")[2]
+    return (target if isinstance(target, str) else getattr(target, "__name__", "")).strip("_")
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if nodes.tensor(n) is not None and not nodes.is_parameter(n)]
+
+
+def _reduces(node: fx.Node, op: dialect.Op | None) -> bool:
+    return (op is not None and op.name in _REDUCTIONS) or _target(node) in _REDUCTIONS
+
+
+def _above(scores: fx.Node) -> Iterator[fx.Node]:
+    """``scores`` and the nodes above it, up to those that are not row by row."""
+    pending, seen = [scores], {scores}
+    while pending:
+        node = pending.pop()
+        yield node
+        op = dialect.read(node)
+        inputs = _tensors(node)
+        same_shape = len(inputs) == 1 and nodes.tensor(node) is not None and shape(node) == shape(inputs[0])
+        if same_shape or (op is not None and op.name in _ROW_BY_ROW):
+            new = [n for n in inputs if n not in seen]
+            seen.update(new)
+            pending += new
+
+
+def _pairs_rows(node: fx.Node) -> bool:
+    """Whether what ``node`` reduces is made, elementwise, of two tensors broadcast over each other."""
+    pending, seen = _tensors(node)[:1], set()
+    while pending:
+        x = pending.pop()
+        if x in seen:
+            continue
+        seen.add(x)
+        inputs = _tensors(x)
+        if len(inputs) == 2 and all(shape(n) != shape(x) for n in inputs) and nodes.tensor(x) is not None:
+            return True
+        if all(shape(n) == shape(x) for n in inputs):
+            pending += inputs
     return False
 
 

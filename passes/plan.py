@@ -70,8 +70,8 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
         size == 0 for size in (site.shape.batch, site.shape.num_q_heads, site.shape.q_len, site.shape.kv_len)
     ):
         return Left(site, (Reason("empty", f"a dimension is empty: {site.shape}"),))
-    rank = max((len(nodes.shape(n)) for n in _captured(site)), default=0)
-    if rank > 4:
+    rank = max((len(nodes.captured_dims(n)) for n in _captured(site)), default=0)
+    if rank > nodes.MAX_CAPTURE_RANK:
         return Left(
             site, (Reason("capture_rank", f"a captured tensor has {rank} dimensions, the kernels take 4"),)
         )

@@ -185,8 +185,11 @@ class Emitter:
         return self.maps[key]
 
     def capture(self, node: fx.Node) -> fx.Node:
-        """A captured tensor; one without dimensions as one of a single element."""
-        return node if nodes.shape(node) else self.call("reshape", node, (1,))
+        """A captured tensor as the program indexes it; one without dimensions has a single element."""
+        rank, kept = len(nodes.shape(node)), nodes.captured_dims(node)
+        if not kept:
+            return self.call("reshape", node, (1,))
+        return node if len(kept) == rank else self.call("squeeze", node, tuple({*range(rank)} - {*kept}))
 
     def side_by_side(self, rows: list[fx.Node]) -> fx.Node:
         return rows[0] if len(rows) == 1 else self.call(torch.cat, rows, -1)

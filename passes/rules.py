@@ -424,7 +424,7 @@ def _literal(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
 SUMMED = E.var("d")
 
 
-@_rule("matmul", "bmm", "baddbmm", "einsum")
+@_rule("matmul", "bmm", "baddbmm", "einsum", "sum")
 def _product(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     product = contraction(node, op, index)
     if product is None:
@@ -445,6 +445,8 @@ def contraction(node: fx.Node, op: Op, index: Index) -> Product | None:
     """``node[index]`` as a sum of products of two tensors, or ``None``."""
     if op.name == "einsum":
         return _einsum(node, op, index)
+    if op.name == "sum":
+        return _summed(node, op, index)
     a, b = op.args.get("input"), op.args.get("other")
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return None
@@ -462,6 +464,36 @@ def contraction(node: fx.Node, op: Op, index: Index) -> Product | None:
     return Product(
         node, a, (*lead(a_sizes), row, SUMMED), b, (*lead(b_sizes), SUMMED, column), SUMMED, a_sizes[-1]
     )
+
+
+def _summed(node: fx.Node, op: Op, index: Index) -> Product | None:
+    """``(a * b).sum(dim)``, where both run over ``dim``."""
+    times = dialect.read(op.input) if isinstance(op.input, fx.Node) else None
+    if times is None or times.name != "mul" or times.mutates:
+        return None
+    a, b = times.args.get("input"), times.args.get("other")
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return None
+    examples = [nodes.tensor(n) for n in (a, b, op.input, node)]
+    if any(t is None or not t.is_floating_point() for t in examples):
+        return None
+    sizes, dims = shape(op.input), op.args.get("dim")
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    if len(dims) != 1 or not isinstance(dims[0], int):
+        return None
+    d = dims[0] % len(sizes)
+    kept = 1 if op.get("keepdim", False) else 0
+    whole = (*index[:d], SUMMED, *index[d + kept :])
+
+    def operand_index(x: fx.Node) -> Index:
+        own = shape(x)
+        aligned = whole[len(whole) - len(own) :]
+        return tuple(const(0) if same(n, 1) else i for n, i in zip(own, aligned, strict=True))
+
+    a_index, b_index = operand_index(a), operand_index(b)
+    if SUMMED not in a_index or SUMMED not in b_index:
+        return None
+    return Product(node, a, a_index, b, b_index, SUMMED, sizes[d])
 
 
 def _einsum(node: fx.Node, op: Op, index: Index) -> Product | None:
