@@ -154,9 +154,10 @@ def _above(operand: Operand, lift: Lift) -> Operand | None:
             tensors = [t for t in op.args["tensors"] if len(shape(t)) != 1]
             moved = index if len(tensors) == 1 else None
             parent = tensors[0] if tensors else None
-        elif op.name == "getitem" and isinstance(nodes.value(parent), (tuple, list)):
-            found = piece(lift, parent, op.args["index"], index)
-            parent, moved = found if parent not in lift.opaque else (parent, None)
+        elif isinstance(parent, fx.Node) and isinstance(nodes.value(parent), (tuple, list)):
+            if op.name != "getitem" or parent in lift.opaque:
+                return None
+            parent, moved = piece(lift, parent, op.args["index"], index)
         else:
             moved = source_index(lift, node, op, index)
     except NotLiftable:
