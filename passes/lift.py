@@ -30,6 +30,9 @@ from flashfuse.passes.rules import RULES, Product
 MAX_PROGRAM_NODES = 400
 """A score larger than this is better computed by the graph itself."""
 
+MAX_CAPTURE_RANK = 4
+"""Dimensions of a captured tensor that the kernels take."""
+
 _THROUGH = (
     dialect.VIEWS | dialect.CASTS | {"contiguous", "clone", "getitem", "index", "repeat", "repeat_interleave"}
 )
@@ -117,9 +120,7 @@ class Lift:
     def _leaf(self, node: fx.Node, index: Index) -> Expr:
         self.leaves[node] = None
         sizes = shape(node)
-        pinned = [
-            const(0) if same(sizes[d], 1) else self.simplify(index[d]) for d in nodes.captured_dims(node)
-        ]
+        pinned = [const(0) if same(sizes[d], 1) else self.simplify(index[d]) for d in captured_dims(node)]
         # A program has no empty index; the rewrite makes such a tensor one of a single element.
         return E.load(self._name(node), pinned or [const(0)])
 
@@ -265,6 +266,12 @@ class Lift:
         if E.is_bool(e):
             return 0, 1
         return None, None
+
+
+def captured_dims(node: fx.Node) -> list[int]:
+    """The dimensions that a program indexes: of a tensor with too many, those of size 1 are left out."""
+    sizes = shape(node)
+    return [d for d, n in enumerate(sizes) if len(sizes) <= MAX_CAPTURE_RANK or not same(n, 1)]
 
 
 def _as_size(e: Any) -> Size:

@@ -75,16 +75,6 @@ def shape(node: fx.Node) -> tuple[Size, ...]:
     return tuple(size_of(s) for s in example.shape)
 
 
-MAX_CAPTURE_RANK = 4
-"""Dimensions of a captured tensor that the kernels take."""
-
-
-def captured_dims(node: fx.Node) -> list[int]:
-    """The dimensions that a program indexes: of a tensor with too many, those of size 1 are left out."""
-    sizes = shape(node)
-    return [d for d, n in enumerate(sizes) if len(sizes) <= MAX_CAPTURE_RANK or not same(n, 1)]
-
-
 def same(a: Size, b: Size) -> bool:
     """Equal by form; never adds a guard."""
     return bool(a == b) if isinstance(a, int) or isinstance(b, int) else bool(sympy.expand(a - b) == 0)

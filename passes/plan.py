@@ -11,6 +11,7 @@ import torch
 from flashfuse.kernels import dispatch
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import nodes
+from flashfuse.passes.lift import MAX_CAPTURE_RANK, captured_dims
 from flashfuse.passes.region import AttentionRegion, NearMiss
 
 
@@ -70,8 +71,8 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
         size == 0 for size in (site.shape.batch, site.shape.num_q_heads, site.shape.q_len, site.shape.kv_len)
     ):
         return Left(site, (Reason("empty", f"a dimension is empty: {site.shape}"),))
-    rank = max((len(nodes.captured_dims(n)) for n in _captured(site)), default=0)
-    if rank > nodes.MAX_CAPTURE_RANK:
+    rank = max((len(captured_dims(n)) for n in _captured(site)), default=0)
+    if rank > MAX_CAPTURE_RANK:
         return Left(
             site, (Reason("capture_rank", f"a captured tensor has {rank} dimensions, the kernels take 4"),)
         )

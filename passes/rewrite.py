@@ -17,6 +17,7 @@ from flashfuse.kernels import ops as _ops  # noqa: F401  (defines torch.ops.flas
 from flashfuse.kernels.expr import KV, B, Expr, H, Q, const
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import dialect, nodes
+from flashfuse.passes.lift import captured_dims
 from flashfuse.passes.operands import Operand, digit, folded_heads_of
 from flashfuse.passes.plan import Fuse, Left, SitePlan
 from flashfuse.passes.region import AttentionRegion
@@ -186,7 +187,7 @@ class Emitter:
 
     def capture(self, node: fx.Node) -> fx.Node:
         """A captured tensor as the program indexes it; one without dimensions has a single element."""
-        rank, kept = len(nodes.shape(node)), nodes.captured_dims(node)
+        rank, kept = len(nodes.shape(node)), captured_dims(node)
         if not kept:
             return self.call("reshape", node, (1,))
         return node if len(kept) == rank else self.call("squeeze", node, tuple({*range(rank)} - {*kept}))
