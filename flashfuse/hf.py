@@ -14,7 +14,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -265,8 +265,18 @@ def _configs(config: Any) -> Iterator[Any]:
 
 def _own_size(config: Any, name: str) -> int | None:
     """An integer that the config really stores, looked up by its common name."""
-    value = getattr(config, getattr(config, "attribute_map", {}).get(name, name), None)
+    try:
+        value = getattr(config, getattr(config, "attribute_map", {}).get(name, name), None)
+    except AttributeError:
+        # One that each layer has for itself.
+        return None
     return value if type(value) is int and value > 0 else None
+
+
+def _first_size(config: Any, names: Iterable[str], default: int) -> int:
+    """The first of these sizes that ``config`` or one of its parts has."""
+    sizes = (_own_size(part, name) for part in _configs(config) for name in names)
+    return next((size for size in sizes if size is not None), default)
 
 
 def _num_layers(config: Any) -> int | None:
@@ -297,11 +307,13 @@ def _shrink_one(config: Any, sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         old = _own_size(config, name)
         if old is not None and size < old:
-            setattr(config, getattr(config, "attribute_map", {}).get(name, name), size)
+            # Some sizes follow from others and refuse to be set.
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                setattr(config, getattr(config, "attribute_map", {}).get(name, name), size)
     vocabulary = _own_size(config, "vocab_size")
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         old = getattr(config, token, None)
-        if vocabulary is not None and type(old) is int and old >= vocabulary:
+        if vocabulary is not None and max(old if isinstance(old, list) else [old or 0]) >= vocabulary:
             setattr(config, token, vocabulary - 1)
 
 
@@ -393,9 +405,12 @@ def _make_inputs(name: str, model: Any, batch: int, seq: int, padded: bool) -> d
             made["attention_mask"] = _padding(batch, seq, left=_is_causal(config))
     if main == "pixel_values" or ("pixel_values" in parameters and _sees_text_and_images(config)):
         vision = getattr(config, "vision_config", config)
-        made["pixel_values"] = torch.randn(batch, vision.num_channels, *_image_size(vision))
+        channels = _first_size(vision, ("num_channels", "in_channels", "in_chans"), 3)
+        made["pixel_values"] = torch.randn(batch, channels, *_image_size(vision))
     if main == "input_features":
-        made["input_features"] = torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions)
+        bins = _first_size(config, ("num_mel_bins", "input_feat_per_channel", "feature_size"), 80)
+        frames = 2 * _first_size(config, ("max_source_positions",), 64)
+        made["input_features"] = torch.randn(batch, bins, frames)
     if main == "input_values":
         made["input_values"] = torch.randn(batch, 16_000)
     if not made:
@@ -417,7 +432,8 @@ def _required(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
 
 def _tokens(config: Any, batch: int, seq: int) -> torch.Tensor:
     """Random tokens, none of them special: some models derive masks from padding or end tokens."""
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
+    ids = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls"))
+    special = {token for i in ids for token in (i if isinstance(i, list) else [i])}
     usable = [token for token in range(min(config.vocab_size, 10_000)) if token not in special]
     return torch.tensor(usable)[torch.randint(len(usable), (batch, seq))]
 

@@ -211,8 +211,22 @@ class Memory:
     def loads_change(self, node: fx.Node, end: fx.Node) -> bool:
         """True when reading ``node`` at ``end`` may differ from reading it where the graph does."""
         writes = [w for w in self._writes_after(node) if self.position[w] < self.position[end]]
-        readers = [u for u in node.users if self.position[u] <= self.position[end]]
-        return any(self.position[r] < self.position[w] for w in writes for r in readers if r is not w)
+        return any(read < self.position[w] for w in writes for read in self._reads(node, end))
+
+    def _reads(self, node: fx.Node, end: fx.Node) -> list[int]:
+        """Where values of ``node`` are read, by itself or through views of it."""
+        found, pending, seen = [], [node], {node}
+        while pending:
+            viewed = pending.pop()
+            for user in viewed.users:
+                if self.position[user] > self.position[end] or _overwrites(user, viewed):
+                    continue
+                if not _is_view(user, viewed):
+                    found.append(self.position[user])
+                elif user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+        return found
 
     def meaning_changes(self, node: fx.Node, end: fx.Node, visited: Container[fx.Node]) -> bool:
         """True when ``node``, read as the value its operation computed, may not be that value.
@@ -228,6 +242,27 @@ class Memory:
             if w not in visited or stale:
                 return True
         return False
+
+
+_MAY_COPY = {"reshape", "reshape_as", "flatten", "index"}
+
+
+def _is_view(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` is another name for memory of ``node``, and reads nothing of it."""
+    op = dialect.read(user)
+    if op is None or op.mutates or op.args.get("input") is not node or op.name in _MAY_COPY:
+        return False
+    if op.name == "getitem":
+        items = op.args["index"] if isinstance(op.args["index"], tuple) else (op.args["index"],)
+        return all(i is None or i is Ellipsis or type(i) in (int, slice) for i in items)
+    return op.name in dialect.VIEWS
+
+
+def _overwrites(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` writes to ``node`` without reading what was there."""
+    target = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    plain = target.partition(".")[0].rstrip("_") in ("copy", "fill", "zero", "setitem")
+    return plain and dialect.writes(user) == [node] and list(user.args).count(node) == 1
 
 
 def _storage(node: fx.Node) -> int | None:

@@ -355,3 +355,30 @@ def sdpa_mask_of_indices(q, k, v):
 @left("sdpa", "sdpa_arguments", captures=WHOLE)
 def sdpa_drops_everything(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=1.0)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@fused("memory", "s*0.25", captures=("dynamo", "symbolic", "export"))
+def keys_filled_in_parts(q, k, v):
+    keys = k.new_empty(k.shape)
+    keys[..., : D // 2].copy_(k[..., : D // 2])
+    keys[..., D // 2 :].copy_(v[..., D // 2 :])
+    return softmax(q @ keys.transpose(-2, -1) * SCALE) @ v
+
+
+@left("memory", "mutation", captures=("dynamo", "symbolic"))
+def keys_filled_after_their_use(q, k, v):
+    keys = k.clone()
+    weights = softmax(q @ keys.transpose(-2, -1) * SCALE)
+    keys[..., : D // 2].copy_(v[..., : D // 2])
+    return weights @ v, keys
+
+
+@fused("memory", "s*0.25", captures=("dynamo", "symbolic"))
+def keys_copied_before_they_are_filled(q, k, v):
+    keys = k.clone()
+    columns = keys.transpose(-2, -1).contiguous()
+    keys[..., : D // 2].copy_(v[..., : D // 2])
+    return softmax(q @ columns * SCALE) @ v, keys
