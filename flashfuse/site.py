@@ -61,7 +61,8 @@ def original_graph(
         if "dropout_keep" in extra:
             new = _with_mask(region, graph, node, mapping, extra["dropout_keep"])
         mapping[node] = new or graph.node_copy(node, lambda n: mapping[n])
-    graph.output(mapping[region.output])
+    outputs = tuple(mapping[n] for n in region.outputs)
+    graph.output(outputs if region.weights else outputs[0])
     return graph, mapping
 
 
@@ -128,6 +129,7 @@ class Site:
         program: what it computes, and in which dtype.
         names, examples: of the inputs, with fake values.
         given: inputs that are not drawn: the keep mask of dropout and its seed.
+        weights: the names of weights among the outputs.
     """
 
     original: Callable[..., Any]
@@ -139,6 +141,7 @@ class Site:
     names: tuple[str, ...]
     examples: tuple[Any, ...]
     given: Mapping[str, Tensor]
+    weights: tuple[str, ...] = ()
 
     def check(self) -> tuple[CheckItem, ...]:
         """Outputs and gradients under the rule on every set of inputs, and twice for the same bits."""
@@ -158,12 +161,12 @@ class Site:
         """By name: the size of what a fused kernel has to round, where that is larger than the result."""
         if kind.cancels:
             q, k, v, captures, ints = self.arguments(kind.inputs)[:5]
-            found = magnitudes(q, k, v, captures, ints, self.program)
+            found = magnitudes(q, k, v, captures, ints, self.program, self.weights)
             return found | {name: found[name[0]] for name in self.names if BESIDE.match(name)}
         if kind.flushes and any(device.type == "cuda" for device in devices_of(kind.inputs)):
             # A few products below the smallest normal number, each taken for 0.
             size = 4 * torch.finfo(torch.float32).smallest_normal / torch.finfo(self.computed_in).eps
-            return dict.fromkeys(("out", *self.names), size)
+            return dict.fromkeys(("out", *self.weights, *self.names), size)
         return {}
 
     def random_inputs(self, draws: Mapping[str, Draw] | None = None) -> list[Any]:
@@ -223,6 +226,7 @@ def extract(plan: Fuse) -> Site:
         _within(autocasts, original), _within(autocasts, ours), exact_copy(original), ours,
         region.program, coarsest,
         tuple(str(node.target) for node in inputs), tuple(node.meta["val"] for node in inputs), given,
+        tuple(f"out[{i}]" for i in range(1, 1 + len(region.weights))),
     )  # fmt: skip
 
 
@@ -234,8 +238,9 @@ def _replacement(
     inputs = {n: graph.node_copy(n) for n in original.graph.nodes if n.op == "placeholder"}
     here = {old: inputs[new] for old, new in mapping.items() if new in inputs}
     variant = plan.selection.variant
-    out = Emitter(graph).site(region.mapped(here), variant.name, variant.needs_block_map)
-    graph.output(out)
+    results = Emitter(graph).site(region.mapped(here), variant.name, variant.needs_block_map)
+    outputs = tuple(results[n] for n in region.outputs)
+    graph.output(outputs if region.weights else outputs[0])
     seed = next((new for new in inputs.values() if new.target == "dropout_seed"), None)
     for node in graph.nodes:
         if seed is not None and node.target is torch.randint:
@@ -248,11 +253,18 @@ def _replacement(
 
 
 def magnitudes(
-    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], ints: Sequence[int], program: ScoreProgram
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    program: ScoreProgram,
+    outputs: Sequence[str] = (),
 ) -> dict[str, float]:
     """What one rounding of the scores makes of the output and of each gradient, per eps.
 
-    The output moves by ``P(1 − P) |v|``; gradients are sums of ``P ∘ dP``; all times 1 + the largest score.
+    The output moves by ``P(1 − P) |v|``, weights among the ``outputs`` by ``P(1 − P)``; gradients are sums of
+    ``P ∘ dP``; all times 1 + the largest score.
     """
     group = q.shape[1] // k.shape[1]
     products = (q @ k.repeat_interleave(group, 1).transpose(-1, -2)).requires_grad_()
@@ -267,7 +279,9 @@ def magnitudes(
         weights = torch.ops.aten._safe_softmax(masked, -1)
         do = torch.randn((*sizes[:3], v.shape[-1]), generator=torch.Generator().manual_seed(0), dtype=q.dtype)
         do = do.to(q.device)
-        dp = (do @ v.repeat_interleave(group, 1).transpose(-1, -2)).abs() * weights
+        # Weights that are returned have cotangents of their own, of size 1.
+        dp = (do @ v.repeat_interleave(group, 1).transpose(-1, -2)).abs() + len(outputs)
+        dp = dp * weights
         grads = torch.autograd.grad(scores, [products, *floats.values()], dp, allow_unused=True)
     ds = grads[0].abs()
     largest = float(masked[masked.isfinite()].abs().max()) if bool(masked.isfinite().any()) else 0.0
@@ -281,5 +295,6 @@ def magnitudes(
         "k": by_key(ds) * float(q.abs().max()),
         "v": by_key(weights) * float(do.abs().max()),
     }
+    found |= dict.fromkeys(outputs, float((weights * (1 - weights)).max()))
     found |= {n: float(g.abs().max()) for n, g in zip(floats, grads[1:], strict=True) if g is not None}
     return {name: (1 + largest) * size for name, size in found.items()}

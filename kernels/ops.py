@@ -3,7 +3,8 @@
 ``flashfuse::attention(q, k, v, captures, ints, maps, seed, program, dropout_p, variant) -> (out, lse)``
 is one differentiable operator; its program is a readable string, so a graph that holds it can be
 printed, cached, exported and compiled without any registry.  ``flashfuse::block_map`` says once for
-all layers that share a mask which blocks are empty, partial or full.
+all layers that share a mask which blocks are empty, partial or full.  ``flashfuse::attention_weights``
+computes the weights of a site, where the model returns them.
 
 Importing this module defines the operators and nothing else.
 """
@@ -33,6 +34,16 @@ _LIBRARY.define(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captures, "
     "SymInt[] ints, Tensor[] maps, Tensor? seed, str program, float dropout_p, str variant, "
     "int[] capture_grads) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "attention_weights(Tensor q, Tensor k, Tensor[] captures, SymInt[] ints, Tensor? seed, str program, "
+    "float dropout_p, str variant, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "attention_weights_backward(Tensor dweights, Tensor q, Tensor k, Tensor[] captures, SymInt[] ints, "
+    "Tensor? seed, str program, float dropout_p, str variant, int[] capture_grads) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -92,6 +103,41 @@ def _attention_backward(
     )
 
 
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    seed: Tensor | None,
+    program: str,
+    dropout_p: float,
+    variant: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    from flashfuse.kernels import weights
+
+    parsed = ScoreProgram.parse(program)
+    return weights.forward(q, k, captures, ints, seed, parsed, dropout_p, variant, dtype)
+
+
+def _weights_backward(
+    dweights: Tensor,
+    q: Tensor,
+    k: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    seed: Tensor | None,
+    program: str,
+    dropout_p: float,
+    variant: str,
+    capture_grads: Sequence[int],
+) -> list[Tensor]:
+    from flashfuse.kernels import weights
+
+    parsed = ScoreProgram.parse(program)
+    return weights.backward(dweights, q, k, captures, ints, seed, parsed, dropout_p, variant, capture_grads)
+
+
 def _block_map(
     captures: Sequence[Tensor],
     ints: Sequence[int],
@@ -110,6 +156,8 @@ def _block_map(
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("attention", _attention, _key)
     _LIBRARY.impl("attention_backward", _attention_backward, _key)
+    _LIBRARY.impl("attention_weights", _weights, _key)
+    _LIBRARY.impl("attention_weights_backward", _weights_backward, _key)
     _LIBRARY.impl("block_map", _block_map, _key)
 
 
@@ -137,6 +185,17 @@ def _(do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, var
         *(empty_bhsd(t, t.shape) for t in (q, k, v)),
         *(captures[i].new_empty(captures[i].shape) for i in capture_grads),
     ]
+
+
+@torch.library.register_fake("flashfuse::attention_weights")
+def _(q, k, captures, ints, seed, program, dropout_p, variant, dtype):  # type: ignore[no-untyped-def]
+    ScoreProgram.parse(program)
+    return q.new_empty((*q.shape[:3], k.shape[2]), dtype=dtype)
+
+
+@torch.library.register_fake("flashfuse::attention_weights_backward")
+def _(dweights, q, k, captures, ints, seed, program, dropout_p, variant, capture_grads):  # type: ignore[no-untyped-def]
+    return [t.new_empty(t.shape) for t in (q, k, *(captures[i] for i in capture_grads))]
 
 
 @torch.library.register_fake("flashfuse::block_map")
@@ -173,13 +232,7 @@ def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
     no_maps = [None] * len(maps)
     if do is None:
         return None, None, None, [None] * len(captures), no_ints, no_maps, None, None, None, None
-    needs = ctx.needs_input_grad[3]
-    program = ScoreProgram.parse(ctx.program)
-    wanted = [
-        i
-        for i, name in enumerate(program.captures)
-        if name in program.differentiable and (needs[i] if isinstance(needs, (list, tuple)) else needs)
-    ]
+    wanted = _wanted(ctx.program, ctx.needs_input_grad[3])
     dq, dk, dv, *dcaptures = torch.ops.flashfuse.attention_backward(
         do, q, k, v, out, lse, captures, ctx.ints, maps, seed, ctx.program, ctx.dropout_p, ctx.variant, wanted
     )
@@ -190,6 +243,43 @@ def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
 
 
 torch.library.register_autograd("flashfuse::attention", _backward, setup_context=_setup_context)
+
+
+def _wanted(program: str, needs: Any) -> list[int]:
+    """The captures whose gradients are asked for."""
+    parsed = ScoreProgram.parse(program)
+    return [
+        i
+        for i, name in enumerate(parsed.captures)
+        if name in parsed.differentiable and (needs[i] if isinstance(needs, (list, tuple)) else needs)
+    ]
+
+
+def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, captures, ints, seed, program, dropout_p, variant, _ = inputs
+    ctx.save_for_backward(q, k, seed, *captures)
+    ctx.ints, ctx.program, ctx.dropout_p, ctx.variant = ints, program, dropout_p, variant
+    ctx.set_materialize_grads(False)
+
+
+def _weights_gradients(ctx: Any, dweights: Tensor | None) -> tuple[Any, ...]:
+    q, k, seed, *captures = ctx.saved_tensors
+    no_ints: list[None] | None = None if ctx.ints else []
+    grads: list[Tensor | None] = [None] * len(captures)
+    if dweights is None:
+        return None, None, grads, no_ints, None, None, None, None, None
+    wanted = _wanted(ctx.program, ctx.needs_input_grad[2])
+    dq, dk, *dcaptures = torch.ops.flashfuse.attention_weights_backward(
+        dweights, q, k, captures, ctx.ints, seed, ctx.program, ctx.dropout_p, ctx.variant, wanted
+    )
+    for i, grad in zip(wanted, dcaptures, strict=True):
+        grads[i] = grad
+    return dq, dk, grads, no_ints, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "flashfuse::attention_weights", _weights_gradients, setup_context=_setup_weights
+)
 
 
 def _autocast(device_type: str) -> Any:

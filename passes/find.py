@@ -7,7 +7,7 @@ of q and k in it.  Layout and axes follow from the indices; no spelling is assum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -21,9 +21,9 @@ from flashfuse.passes.indices import Index, NotLiftable, source_index
 from flashfuse.passes.lift import Lift
 from flashfuse.passes.near_miss import near_misses, scores_like, why_not_a_product
 from flashfuse.passes.nodes import Memory, Size, same, shape
-from flashfuse.passes.operands import Operand, copies
+from flashfuse.passes.operands import Operand, copies, is_view
 from flashfuse.passes.products import Reading, Rows, readings, reads
-from flashfuse.passes.region import AttentionRegion, Frame, NearMiss, Refused, assemble, frames
+from flashfuse.passes.region import AttentionRegion, Frame, NearMiss, Refused, Weights, assemble, frames
 from flashfuse.passes.rules import SUMMED, contraction
 from flashfuse.passes.softmax import softmax_above
 
@@ -175,7 +175,7 @@ class WeightedSum(Candidate):
             for node, index in ((product.a, product.a_index), (product.b, product.b_index))
         ]
         (weights, w_index), (v, v_index) = sides if self.side == "a" else sides[::-1]
-        chain, index, dropout_p = self._follow(weights, w_index, lift)
+        chain, index, dropout_p, dropped = self._follow(weights, w_index, lift)
         if index[self.found.dim] != KV and not (
             same(self._kv_len(), 1) and index[self.found.dim] == const(0)
         ):
@@ -196,7 +196,7 @@ class WeightedSum(Candidate):
             )
         region = _region(
             self, frame, self.found.input, index, Operand(v, v_index), chain, dropout_p, memory, live,
-            self.found.zero_dead_rows,
+            self.found.zero_dead_rows, self._handed_out(chain, index, dropped, lift),
         )  # fmt: skip
         # A stored mask can hold finite minima as well, of which nothing is known here.
         may_average = region.program.dead_rows in AVERAGING or bool(region.program.differentiable)
@@ -206,10 +206,35 @@ class WeightedSum(Candidate):
             raise Refused(Reason("dead_rows_unclear", message, nodes.source(self.found.output), hint))
         return region
 
-    def _follow(self, weights: fx.Node, index: Index, lift: Lift) -> tuple[list[fx.Node], Index, float]:
-        """From the operand of the product up to the softmax: nodes passed, index there, dropout."""
+    def _handed_out(
+        self, chain: Sequence[fx.Node], index: Index, dropped: Weights | None, lift: Lift
+    ) -> dict[fx.Node, Weights | None]:
+        """For each node from the softmax on: the weights to compute where something else uses it.
+
+        What follows the softmax, or the dropout, is made from those by the user's own nodes.  ``None``:
+        nothing stands for it, such as the keep mask.  Other nodes may stay as they are.
+        """
+        plain = _whole(Weights(self.found.output, index, False), lift)
+        at = chain.index(dropped.node) + 1 if dropped is not None else 0
+        handed: dict[fx.Node, Weights | None] = {}
+        if plain is not None:
+            handed = {n: plain for n in chain if n not in self.softmax or n is self.found.output}
+        if dropped is not None:
+            handed |= dict.fromkeys(chain[:at], _whole(dropped, lift))
+            pair = dialect.read(chain[at]) if at < len(chain) else None
+            if pair is not None and pair.name == "native_dropout":
+                handed[chain[at]] = None
+        return handed
+
+    def _follow(
+        self, weights: fx.Node, index: Index, lift: Lift
+    ) -> tuple[list[fx.Node], Index, float, Weights | None]:
+        """From the operand of the product up to the softmax: nodes passed, index there, dropout.
+
+        The last result is what dropout makes of the weights.
+        """
         chain: list[fx.Node] = []
-        dropout_p = 0.0
+        dropout_p, dropped = 0.0, None
         node = weights
         while node is not self.found.output:
             chain.append(node)
@@ -241,6 +266,7 @@ class WeightedSum(Candidate):
                     ):
                         raise Refused(Reason("dropout", "several weights share one draw of the dropout"))
                     dropout_p = float(p)
+                    dropped = Weights(node if op.name == "dropout" else chain[-2], index, True)
                 node = op.input
                 continue
             if op.name in dialect.CASTS:
@@ -261,7 +287,14 @@ class WeightedSum(Candidate):
                     Reason("weights_path", f"`{op.name}` between softmax and product", nodes.source(node))
                 )
             node, index = op.input, moved
-        return [*chain, *self.softmax], index, dropout_p
+        return [*chain, *self.softmax], index, dropout_p, dropped
+
+
+def _whole(weights: Weights, lift: Lift) -> Weights | None:
+    """``weights``, where each of b, h, q, kv has one of its own there."""
+    sizes = [lift.bounds[name] for name in E.INDEX_VARS]
+    complete = same(nodes.product(shape(weights.node)), nodes.product(sizes))
+    return weights if complete and is_view(Operand(weights.node, weights.index), lift) else None
 
 
 _COLUMN = E.var("e")
@@ -366,6 +399,7 @@ def _region(
     memory: Memory,
     live: set[fx.Node],
     zero_dead_rows: bool,
+    handed_out: Mapping[fx.Node, Weights | None],
 ) -> AttentionRegion:
     """The region whose softmax normalises ``scores`` at ``index``."""
     refused: list[Refused] = []
@@ -375,7 +409,7 @@ def _region(
             _check_products(reading, frame, scores)
             return assemble(
                 candidate.node, frame, reading.products, v, reading.score, _dtype(scores), chain, dropout_p,
-                memory, live, zero_dead_rows,
+                memory, live, zero_dead_rows, handed_out,
             )  # fmt: skip
         except Refused as refusal:
             refused.append(refusal)

@@ -177,6 +177,10 @@ class Memory:
     def _writes_after(self, node: fx.Node) -> list[fx.Node]:
         return [w for w in self._writes.get(self._root(node), ()) if self.position[w] > self.position[node]]
 
+    def written_after(self, node: fx.Node) -> bool:
+        """Whether anything later writes to the memory of ``node``."""
+        return bool(self._writes_after(node))
+
     @functools.cached_property
     def opaque(self) -> frozenset[fx.Node]:
         """Nodes whose memory is later written to by something outside the vocabulary.

@@ -101,7 +101,9 @@ def cost(region: AttentionRegion) -> Cost:
     lse = 4 * s.batch * s.num_q_heads * s.q_len
     captured = sum(_nbytes(n) for n in dict.fromkeys(_captured(region)))
     flops = 2 * s.batch * s.num_q_heads * s.q_len * s.kv_len * (s.head_dim + s.v_head_dim)
-    return Cost(flops, once + scores, once + lse + captured, density(region))
+    # Weights that something else uses are written once, and q and k read once more.
+    returned = sum(_nbytes(w.node) + _nbytes(region.q.node) + _nbytes(region.k.node) for w in region.weights)
+    return Cost(flops, once + scores, once + lse + captured + returned, density(region))
 
 
 def density(region: AttentionRegion) -> float | None:

@@ -22,6 +22,15 @@ from flashfuse.passes.rules import SUMMED
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A node whose value is the weights of a site, each once: ``index`` over ``b h q kv``."""
+
+    node: fx.Node
+    index: Index
+    dropped: bool
+
+
+@dataclass(frozen=True)
 class AttentionRegion:
     """One site: what it computes and which nodes it stands for."""
 
@@ -37,18 +46,31 @@ class AttentionRegion:
     scope: Scope
     dropout_p: float
     interior: tuple[fx.Node, ...]
-    """Nodes that depend on the scores; nothing outside the site uses them."""
+    """Nodes that depend on the scores.  Of those that something else uses, the weights are computed for
+    that; others stay as they are."""
     masks: tuple[fx.Node, ...]
     """Other nodes that the lift looked through; removed where nothing else needs them."""
     notes: tuple[str, ...]
     source: str
     beside: tuple[tuple[Operand, Operand], ...] = ()
     """Rows of further products, laid beside those of q and of k: pairs of them."""
+    weights: tuple[Weights, ...] = ()
+    """Weights that something else uses: the site computes them too."""
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """What the site computes: the output, and the weights that something else uses."""
+        return (self.output, *(w.node for w in self.weights))
 
     @property
     def operands(self) -> tuple[Operand, ...]:
         """q, k, v and what is laid beside q and k."""
         return (self.q, self.k, self.v, *(o for pair in self.beside for o in pair))
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The tensors that the site starts from: its operands and the captures."""
+        return (*(o.node for o in self.operands), *(self.scope.captures[n] for n in self.program.captures))
 
     def mapped(self, mapping: Mapping[fx.Node, fx.Node]) -> AttentionRegion:
         """The same site over the nodes of another graph that hold the same values."""
@@ -156,7 +178,9 @@ def assemble(
     memory: Memory,
     live: set[fx.Node],
     zero_dead_rows: bool,
+    handed_out: Mapping[fx.Node, Weights | None] | None = None,
 ) -> AttentionRegion:
+    """The site that ends in ``node``; ``handed_out`` says what stands for weights used elsewhere."""
     lift = frame.lift
     columns = lift.bounds["d"]
     chain_nodes = dict.fromkeys(chain)
@@ -164,7 +188,7 @@ def assemble(
     interior |= dict.fromkeys(u for n in interior for u in n.users if u.target in _ASSERTIONS)
     masks = dict.fromkeys(n for n in lift.visited if n not in interior)
     inside = {*interior, node}
-    _check_escapes(inside, masks, lift, live, memory, node)
+    weights = _escaping(inside, masks, lift, live, memory, node, handed_out or {})
     rows = [(_view(p.q, p.length, lift), _view(p.k, p.length, lift)) for p in products]
     (q, k), v = rows[0], _view(values, columns, lift)
     shape_ = _shape(frame, rows, v, node)
@@ -197,9 +221,10 @@ def assemble(
         if example is None or example.is_complex():
             raise Refused(Reason("capture", f"`{name}` is not a dense real tensor"))
     notes = _assumptions(score, program)
+    notes += tuple(f"`{w.node.name}` is used elsewhere too, and computed for that alone" for w in weights)
     return AttentionRegion(
         node.name, node, tuple(frame.out_index), q, k, v, shape_, program, lift.scope, dropout_p,
-        tuple(interior), tuple(masks), notes, nodes.source(node), tuple(rows[1:]),
+        tuple(interior), tuple(masks), notes, nodes.source(node), tuple(rows[1:]), weights,
     )  # fmt: skip
 
 
@@ -207,19 +232,24 @@ _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
 """What export says of a tensor's dtype and sizes; it goes with the tensor."""
 
 
-def _check_escapes(
+def _escaping(
     inside: set[fx.Node],
     masks: dict[fx.Node, None],
     lift: Lift,
     live: set[fx.Node],
     memory: Memory,
     end: fx.Node,
-) -> None:
-    """Refuses a site of which something else needs a value that the fused kernel does not make.
+    handed_out: Mapping[fx.Node, Weights | None],
+) -> tuple[Weights, ...]:
+    """The weights that something outside the site uses; scores that it uses stay the user's own nodes.
 
     Masks shaped ``like`` the scores read their sizes only.
+
+    Raises:
+        Refused: something else needs a value that can neither be computed for it nor stay.
     """
-    for n in inside - {end}:
+    found: dict[fx.Node, Weights] = {}
+    for n in sorted(inside - {end}, key=memory.position.__getitem__):
         for user in n.users:
             if user in inside or user not in live or (user in masks and user not in lift.leaves):
                 continue
@@ -230,9 +260,17 @@ def _check_escapes(
             if _reaches(user, {*lift.leaves, *inside}, memory, end):
                 message = f"what is normalised also depends on `{user.name}`, made from the scores themselves"
                 raise Refused(Reason("score_path", message, where))
-            hint = "do not return the attention weights (output_attentions=False)"
             message = f"`{n.name}`, inside the site, is also used by `{user.name}`"
-            raise Refused(Reason("weights_escape", message, where, hint))
+            if memory.written_after(n):
+                hint = "use the out-of-place form of the update"
+                raise Refused(Reason("weights_escape", f"{message}, and then written to", where, hint))
+            weights = handed_out.get(n)
+            if weights is not None:
+                found[weights.node] = weights
+            elif n in handed_out:
+                hint = "do not use the weights elsewhere"
+                raise Refused(Reason("weights_escape", message, where, hint))
+    return tuple(found.values())
 
 
 def _reaches(start: fx.Node, ends: set[fx.Node], memory: Memory, last: fx.Node) -> bool:

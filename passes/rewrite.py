@@ -17,6 +17,7 @@ from flashfuse.kernels import ops as _ops  # noqa: F401  (defines torch.ops.flas
 from flashfuse.kernels.expr import KV, B, Expr, H, Q, const
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import dialect, nodes
+from flashfuse.passes.indices import Index
 from flashfuse.passes.lift import captured_dims
 from flashfuse.passes.operands import Operand, digit, folded_heads_of
 from flashfuse.passes.plan import Fuse, Left, SitePlan
@@ -52,6 +53,7 @@ def rewrite(gm: fx.GraphModule, plans: Sequence[SitePlan]) -> tuple[SitePlan, ..
     fused = [p.region for p in done if isinstance(p, Fuse)]
     ours = {n for region in fused for n in (region.output, *region.interior, *region.masks)}
     _erase_unused(gm.graph, ours)
+    emitter.erase_unused_weights()
     if fused:
         left = set(gm.graph.nodes)
         for node in reversed([n for n in used if n in left]):
@@ -79,11 +81,17 @@ class Emitter:
 
     graph: fx.Graph
     maps: dict[Any, list[fx.Node]] = field(default_factory=dict)
+    seeds: dict[fx.Node, tuple[Any, fx.Node]] = field(default_factory=dict)
+    """By the dropped weights that several products may share: how they are indexed, and the seed."""
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """What stands for outputs and weights of earlier sites, which later ones may read."""
     batch_holders: list[tuple[fx.Node, int]] = field(default_factory=list)
     """Where the size of the batch can be read, for an operand that the batch shares."""
     _key: str = "val"
     _template: dict[str, Any] = field(default_factory=dict)
     _mode: Any = None
+    _for_weights: list[fx.Node] = field(default_factory=list)
+    """Nodes added for weights that something else uses; maybe only another site that is replaced too."""
 
     # --- nodes ----------------------------------------------------------------------------------
 
@@ -119,40 +127,54 @@ class Emitter:
         """Put the operator in the place of the site."""
         region = plan.region
         before = set(self.graph.nodes)
-        example = nodes.value(region.output)
         self._key = "example_value" if "example_value" in region.output.meta else "val"
         self._template = {
             k: v
             for k, v in region.output.meta.items()
             if k in ("stack_trace", "nn_module_stack", "source_fn_stack")
         }
+        for_weights, seeds = len(self._for_weights), dict(self.seeds)
         try:
             with self.graph.inserting_before(region.output):
-                out = self.site(region, plan.selection.variant.name, plan.selection.variant.needs_block_map)
-            made = nodes.value(out)
-            if (made.shape, made.dtype, made.device) != (example.shape, example.dtype, example.device):
-                raise NotEmittable(f"{made.shape} {made.dtype} instead of {example.shape} {example.dtype}")
+                current = region.mapped({n: self.replaced.get(n, n) for n in region.inputs})
+                results = self.site(
+                    current, plan.selection.variant.name, plan.selection.variant.needs_block_map
+                )
+            for node, result in results.items():
+                made, example = nodes.value(result), nodes.value(node)
+                if (made.shape, made.dtype, made.device) != (example.shape, example.dtype, example.device):
+                    raise NotEmittable(
+                        f"{made.shape} {made.dtype} instead of {example.shape} {example.dtype}"
+                    )
         except Exception as error:
             # Whatever goes wrong here, the user's graph must stay as it was.
             for node in reversed([n for n in self.graph.nodes if n not in before]):
                 self.graph.erase_node(node)
             self.maps = {k: v for k, v in self.maps.items() if all(n in before for n in v)}
+            self.seeds = seeds
+            del self._for_weights[for_weights:]
             return Left(
                 region, (Reason("emit", f"the replacement could not be built: {error}", region.source),)
             )
-        region.output.replace_all_uses_with(out)
+        for node, result in results.items():
+            node.replace_all_uses_with(result)
+            self.replaced.setdefault(node, result)
         return plan
 
-    def site(self, region: AttentionRegion, variant: str, needs_block_map: bool) -> fx.Node:
-        """The operator call for ``region`` and what brings its inputs and output into order."""
+    def site(self, region: AttentionRegion, variant: str, needs_block_map: bool) -> dict[fx.Node, fx.Node]:
+        """The operator calls for ``region`` and what brings inputs and outputs into order.
+
+        Returns what stands for the region's output, and for each of its weights that something else uses.
+        """
         s, program = region.shape, region.program
         example = nodes.value(region.output)
         self.batch_holders = [(o.node, d) for o in region.operands for d in range(len(nodes.shape(o.node)))]
         # randint and the like take no tensor that would say that values are fake.
         self._mode = example.fake_mode if isinstance(example, FakeTensor) else None
-        qs, ks = [region.q, *(q for q, _ in region.beside)], [region.k, *(k for _, k in region.beside)]
-        q = self.side_by_side([self.bhsd(o, Q, s.batch, s.num_q_heads, s.num_q_heads, s.dtype) for o in qs])
-        k = self.side_by_side([self.bhsd(o, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype) for o in ks])
+        seed, results = None, {}
+        if region.weights:
+            seed, results = self.weights(region, variant)
+        q, k = self.queries_and_keys(region)
         v = self.bhsd(region.v, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype)
         captures = [self.capture(region.scope.captures[name]) for name in program.captures]
         holders = [(n, d) for n in (q, k, v, *captures) for d in range(len(nodes.shape(n)))]
@@ -160,16 +182,66 @@ class Emitter:
         maps: list[fx.Node] = []
         if needs_block_map and program.mask is not None:
             maps = self.block_map(region, q, k, holders)
-        seed = None
-        if region.dropout_p:
-            device = nodes.value(q).device
-            seed = self.call(torch.randint, 0, 2**62, (1,), dtype=torch.int64, device=device)
+        if region.dropout_p and seed is None:
+            seed = self.seed(q)
         pair = self.call(
             torch.ops.flashfuse.attention.default,
             q, k, v, captures, ints, maps, seed, program.text, region.dropout_p, variant,
         )  # fmt: skip
         out = self.call(operator.getitem, pair, 0)
-        return self.restore(out, region)
+        results[region.output] = self.restore(out, region.output, region.out_index, SUMMED, region)
+        return results
+
+    def queries_and_keys(self, region: AttentionRegion) -> tuple[fx.Node, fx.Node]:
+        """q [B, H, Sq, D] and k [B, H_kv, Skv, D]; rows of further products lie beside them."""
+        s = region.shape
+        qs, ks = [region.q, *(q for q, _ in region.beside)], [region.k, *(k for _, k in region.beside)]
+        q = self.side_by_side([self.bhsd(o, Q, s.batch, s.num_q_heads, s.num_q_heads, s.dtype) for o in qs])
+        k = self.side_by_side([self.bhsd(o, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype) for o in ks])
+        return q, k
+
+    def seed(self, q: fx.Node) -> fx.Node:
+        return self.call(torch.randint, 0, 2**62, (1,), dtype=torch.int64, device=nodes.value(q).device)
+
+    def weights(self, region: AttentionRegion, variant: str) -> tuple[fx.Node | None, dict[fx.Node, fx.Node]]:
+        """The weights of ``region`` that something else uses, and the seed of those that are dropped.
+
+        They are made where the first of them is in the user's graph.
+        """
+        s, program = region.shape, region.program
+        before = set(self.graph.nodes)
+        seed, results = None, {}
+        wanted = {w.node for w in region.weights}
+        first = next((n for n in self.graph.nodes if n in wanted), None)
+        with self.graph.inserting_before(first) if first is not None else contextlib.nullcontext():
+            dropped = next((w for w in region.weights if w.dropped), None)
+            q, k = self.queries_and_keys(region)
+            captures = [self.capture(region.scope.captures[name]) for name in program.captures]
+            holders = [(n, d) for n in (q, k, *captures) for d in range(len(nodes.shape(n)))]
+            ints = [self.size(region.scope.ints[name], holders) for name in program.ints]
+            if dropped is not None:
+                way = (dropped.index, s.batch, s.num_q_heads, s.q_len, s.kv_len, region.dropout_p, variant)
+                if dropped.node not in self.seeds:
+                    self.seeds[dropped.node] = (way, self.seed(q))
+                known, seed = self.seeds[dropped.node]
+                if known != way:
+                    raise NotEmittable("two products read the dropped weights in different ways")
+            for w in region.weights:
+                made = self.call(
+                    torch.ops.flashfuse.attention_weights.default,
+                    q, k, captures, ints, seed if w.dropped else None, program.text,
+                    region.dropout_p if w.dropped else 0.0, variant, nodes.value(w.node).dtype,
+                )  # fmt: skip
+                results[w.node] = self.restore(made, w.node, w.index, KV, region)
+        self._for_weights += [n for n in self.graph.nodes if n not in before]
+        return seed, results
+
+    def erase_unused_weights(self) -> None:
+        """Remove weights that only other sites used, which make them themselves."""
+        for node in reversed(self._for_weights):
+            if not node.users:
+                self.graph.erase_node(node)
+        self._for_weights.clear()
 
     def block_map(self, region: AttentionRegion, q: fx.Node, k: fx.Node, holders: Any) -> list[fx.Node]:
         """The block map of the site's mask, made once for all sites that share it."""
@@ -232,23 +304,24 @@ class Emitter:
             node = self.call("to", node, dtype)
         return node
 
-    def restore(self, out: fx.Node, region: AttentionRegion) -> fx.Node:
-        """The operator's [B, H, Sq, Dv] output in the shape, dtype and strides of the original's."""
-        labels: list[Expr] = [B, H, Q, SUMMED]
-        flat = next((e for e in region.out_index if folded_heads_of(e) is not None), None)
-        unused = [role for role in (B, H) if all(not E.contains(e, role) for e in region.out_index)]
-        target = _named(region.out_index, unused)
-        sizes = dict(zip(target, nodes.shape(region.output), strict=True))
-        for position, role in ((1, H), (0, B)):
+    def restore(
+        self, out: fx.Node, node: fx.Node, index: Index, column: Expr, region: AttentionRegion
+    ) -> fx.Node:
+        """An operator's [B, H, Sq, ``column``] result in the shape, dtype and strides of ``node``."""
+        labels: list[Expr] = [B, H, Q, column]
+        flat = next((e for e in index if folded_heads_of(e) is not None), None)
+        target = _named(index, [role for role in labels if all(not E.contains(e, role) for e in index)])
+        sizes = dict(zip(target, nodes.shape(node), strict=True))
+        for position, role in ((3, column), (2, Q), (1, H), (0, B)):
             own = [e for e in target if e != flat and E.contains(e, role)]
             own.sort(key=lambda e: -_divisor(e))
-            if not own and flat is None:
+            if not own and (flat is None or role not in (B, H)):
                 out = self.call("select", out, position, 0)
             elif len(own) > 1:
                 holders = [(region.q.node, d) for d in range(len(nodes.shape(region.q.node)))]
                 lengths = [-1, *(self.size(sizes[e], holders) for e in own[1:])]
                 out = self.call("unflatten", out, position, lengths)
-            labels[position : position + 1] = own if own or flat is None else [role]
+            labels[position : position + 1] = own if own or flat is None or role not in (B, H) else [role]
         wanted: list[Expr] = []
         for e in target:
             if e != const(0):
@@ -262,15 +335,15 @@ class Emitter:
         for position, e in enumerate(target):
             if e == const(0):
                 out = self.call("unsqueeze", out, position)
-        original = nodes.value(region.output)
+        original = nodes.value(node)
         if nodes.value(out).dtype != original.dtype:
             out = self.call("to", out, original.dtype)
-        if nodes.written_to(region.output):
+        if nodes.written_to(node):
             # The operator keeps its output for the backward, and autograd lets nobody write to a view of it.
             return self.call("clone", out, memory_format=torch.contiguous_format)
         if nodes.value(out).stride() != original.stride():
             with self._mode or contextlib.nullcontext():
-                seen = _strides_seen(region.output, nodes.value(out))
+                seen = _strides_seen(node, nodes.value(out))
             if seen:
                 out = self.call("contiguous", out)
         return out

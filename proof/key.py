@@ -96,6 +96,7 @@ def site_key(plan: Fuse) -> tuple[Hashable, ...]:
     return (
         tuple(described), order, tuple(operands), tuple(captures), tuple(ints),
         _unnamed(program.text, (*program.captures, *program.ints)), tuple(map(str, region.out_index)),
+        tuple((number.get(w.node), tuple(map(str, w.index)), w.dropped) for w in region.weights),
         str(region.shape), region.dropout_p, plan.selection.variant.name,
     )  # fmt: skip
 

@@ -35,11 +35,14 @@ MAX_UNSHRUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Replacement:
-    """The emitted nodes: ``graph`` has a placeholder for each node of the site that it reads."""
+    """The emitted nodes: ``graph`` has a placeholder for each node of the site that it reads.
+
+    ``outputs`` are what stands for the site's output, and for its weights that something else uses.
+    """
 
     graph: fx.Graph
     inputs: Mapping[fx.Node, fx.Node]
-    output: fx.Node
+    outputs: list[fx.Node]
 
 
 def prove_site(plan: Fuse, seed: int = 0, draws: int = DRAWS) -> Certificate:
@@ -68,8 +71,8 @@ def emitted(plan: Fuse) -> Replacement:
             here[node] = graph.placeholder(node.name)
             here[node].meta["val"] = nodes.value(node)
     variant = plan.selection.variant
-    output = Emitter(graph).site(region.mapped(here), variant.name, variant.needs_block_map)
-    return Replacement(graph, here, output)
+    results = Emitter(graph).site(region.mapped(here), variant.name, variant.needs_block_map)
+    return Replacement(graph, here, [results[n] for n in region.outputs])
 
 
 def _is_symbol(node: fx.Node) -> bool:
@@ -177,10 +180,13 @@ class _Comparison:
         leaves = {n: x for n, x in inputs.items() if isinstance(x, FieldTensor)}
         draw = self.draw
         with torch.inference_mode(False), torch.enable_grad():
-            original = self.with_gradients(self.runner.run(self.site, dict(inputs)), leaves)
+            user: Env = dict(inputs)
+            self.runner.run(self.site, user)
+            original = self.with_gradients([user[n] for n in self.region.outputs], leaves)
             before, draw.precision = draw.precision, {}
             env: Env = {here: inputs[node] for node, here in self.replacement.inputs.items()}
-            ours = self.with_gradients(self.runner.run(self.replacement.graph.nodes, env), leaves)
+            self.runner.run(self.replacement.graph.nodes, env)
+            ours = self.with_gradients([env[n] for n in self.replacement.outputs], leaves)
         self.wider, differences = self.compared_precision(before, draw.precision)
         for name, a, b in self.pairs(original, ours, list(leaves)):
             if a is None and b is None:
@@ -192,21 +198,26 @@ class _Comparison:
         self.difference = differences[0] if differences else ""
 
     def with_gradients(
-        self, out: Any, leaves: Mapping[fx.Node, FieldTensor]
-    ) -> tuple[FieldTensor, list[FieldTensor | None]]:
-        """The output, and what a fixed random ``do`` gives each input."""
-        if not isinstance(out, FieldTensor):
+        self, outputs: Sequence[Any], leaves: Mapping[fx.Node, FieldTensor]
+    ) -> tuple[Sequence[FieldTensor], list[FieldTensor | None]]:
+        """The outputs, and what fixed random cotangents of all of them together give each input."""
+        if not all(isinstance(out, FieldTensor) for out in outputs):
             raise NotProvable("the output does not depend on the inputs")
         generator = torch.Generator().manual_seed(self.seed)
-        p = torch.randint(1, self.draw.p, out.shape, generator=generator)
-        do = FieldTensor.of(Value(self.draw, p), out.dtype, {})
-        if not out.requires_grad:
-            return out, [None] * len(leaves)
-        grads: Any = torch.autograd.grad(out, list(leaves.values()), do, allow_unused=True)
-        return out, list(grads)
+        cotangents = []
+        for out in outputs:
+            p = torch.randint(1, self.draw.p, out.shape, generator=generator)
+            cotangents.append(FieldTensor.of(Value(self.draw, p), out.dtype, {}))
+        roots = [(out, do) for out, do in zip(outputs, cotangents, strict=True) if out.requires_grad]
+        if not roots:
+            return outputs, [None] * len(leaves)
+        given, wanted = zip(*roots, strict=True)
+        grads: Any = torch.autograd.grad(given, list(leaves.values()), wanted, allow_unused=True)
+        return outputs, list(grads)
 
     def pairs(self, original: Any, ours: Any, leaves: Sequence[fx.Node]) -> Any:
-        yield "out", original[0], ours[0]
+        names = (_OUTPUTS[0], *(_OUTPUTS[2 if w.dropped else 1] for w in self.region.weights))
+        yield from zip(names, original[0], ours[0], strict=True)
         grads = dict(zip(leaves, zip(original[1], ours[1], strict=True), strict=True))
         for node in sorted(grads, key=[*self.names, *leaves].index):
             yield f"d{self.names.get(node, node.name)}", *grads[node]
@@ -275,7 +286,9 @@ class _Comparison:
         x, y = (zero if t is None else t.value for t in (a, b))
         nan_x, nan_y = _is_nan(x), _is_nan(y)
         skipped = (
-            nan_x if name != "out" and self.region.program.dead_rows == "nan" else torch.zeros_like(nan_x)
+            nan_x
+            if name not in _OUTPUTS and self.region.program.dead_rows == "nan"
+            else torch.zeros_like(nan_x)
         )
         same = ((x.p == y.p) & ~nan_x & ~nan_y) | (nan_x & nan_y) | skipped
         self.not_compared += int(skipped.sum())
@@ -301,6 +314,9 @@ class _Comparison:
             elif own != theirs and name != SOFTMAX:
                 wider.append(f"{name}: {text}")
         return wider, narrower
+
+
+_OUTPUTS = ("out", "weights", "dropped weights")
 
 
 def _described(t: FieldTensor) -> str:

@@ -75,6 +75,8 @@ class Runner:
         """What the node calls."""
         if node.target is torch.ops.flashfuse.attention.default:
             return self.attention
+        if node.target is torch.ops.flashfuse.attention_weights.default:
+            return self.weights
         if node.target is torch.ops.flashfuse.block_map.default:
             return self.block_map
         if node.op == "call_method":
@@ -149,6 +151,26 @@ class Runner:
         if dropout_p:
             site.keep = self.keep(weights_by_definition(site), dropout_p)
         return _Attention.apply(site, q.dtype, q, k, v, *captures), None  # type: ignore[no-untyped-call]
+
+    def weights(
+        self,
+        q: FieldTensor,
+        k: FieldTensor,
+        captures: Sequence[Any],
+        ints: Sequence[int],
+        seed: None,
+        program: str,
+        dropout_p: float,
+        variant: str,
+        dtype: torch.dtype,
+    ) -> FieldTensor:
+        """The weights: attention to the rows of the identity."""
+        kv_len = k.shape[2]
+        identity = self.draw.value(torch.eye(kv_len, dtype=torch.int64))
+        v = identity.map(lambda t: t.expand(*k.shape[:2], kv_len, kv_len))
+        rows = FieldTensor.of(v, q.dtype, {})
+        out, _ = self.attention(q, k, rows, captures, ints, (), seed, program, dropout_p, variant)
+        return FieldTensor.of(out.value, dtype, {}) if not out.requires_grad else out.to(dtype)
 
     def block_map(
         self, captures: Any, ints: Any, like: Any, B: int, H: int, Sq: int, Skv: int, mask: Any

@@ -207,6 +207,8 @@ def _numbers(node: fx.Node) -> Iterator[int]:
     yield from _integers((node.args, node.kwargs))
     if node.target is torch.ops.flashfuse.attention.default:
         yield from _constants(ScoreProgram.parse(str(node.args[7])))
+    if node.target is torch.ops.flashfuse.attention_weights.default:
+        yield from _constants(ScoreProgram.parse(str(node.args[5])))
 
 
 def _integers(x: Any) -> Iterator[int]:

@@ -358,9 +358,9 @@ def of_captures(i: int, run: Callable[[Tensor], Tensor]) -> Callable[[Replacemen
 
 def of_output(run: Callable[[Tensor], Tensor]) -> Callable[[Replacement], None]:
     def edit(replacement: Replacement) -> None:
-        last = next(reversed(replacement.graph.nodes))
-        with replacement.graph.inserting_after(last):
-            replacement.graph.call_function(run, (last,))
+        (out,) = replacement.outputs
+        with replacement.graph.inserting_after(out):
+            replacement.outputs[0] = replacement.graph.call_function(run, (out,))
 
     return edit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import DYNAMO, SCALE, WHOLE, B, D, H, S, fused, left, qkv, randn, softmax
+from zoo import DYNAMO, SCALE, WHOLE, B, D, H, S, fused, left, qkv, randn, softmax, with_mask, with_padding
 
 # --- scale --------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ def softmax_of_another_library(q, k, v, mask):
     return another_softmax(q @ k.transpose(-2, -1) * SCALE, mask) @ v
 
 
-@left("softmax", "weights_escape", captures=WHOLE)
+@fused("softmax", "s*0.25", captures=WHOLE)
 def logsumexp_used_elsewhere(q, k, v):
     scores = q @ k.transpose(-2, -1) * SCALE
     total = torch.logsumexp(scores, -1, keepdim=True)
@@ -404,28 +404,113 @@ def weights_kept_in_a_local_list(q, k, v):
     return weights @ v
 
 
-@left("weights", "weights_escape")
+@fused("weights", "s*0.25")
 def weights_returned(q, k, v):
     weights = softmax(q @ k.transpose(-2, -1) * SCALE)
     return weights @ v, weights
 
 
-@left("weights", "weights_escape")
+@fused("weights", "s*0.25")
+def weights_returned_as_their_mean_over_heads(q, k, v):
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    weights = softmax(torch.bmm(q, k.transpose(-2, -1)) * SCALE)
+    return torch.bmm(weights, v), weights.view(B, H, S, S).mean(1)
+
+
+@fused("weights", "s*0.25 where pad[b, kv] else uniform", inputs=with_padding(torch.bool), captures=DYNAMO)
+def weights_of_padded_keys_returned(q, k, v, pad):
+    added = torch.where(pad[:, None, None], 0.0, torch.finfo(q.dtype).min)
+    weights = softmax(q @ k.transpose(-2, -1) * SCALE + added, dtype=torch.float32).to(q.dtype)
+    return weights @ v, weights
+
+
+@fused("weights", "s where mask[b, 0, q, kv] else nan", inputs=with_mask(B, 1, S, S))
+def weights_in_another_layout_returned(q, k, v, mask):
+    scores = torch.einsum("bhqd,bhkd->bqhk", q, k).masked_fill(~mask.transpose(1, 2), -torch.inf)
+    weights = torch.softmax(scores, -1)
+    return torch.einsum("bqhk,bhkd->bqhd", weights, v), weights
+
+
+@fused("weights", "s*0.25", inputs=lambda: qkv((B, 2, H, S, D), (B, 2, 1, S, D)), group=H)
+def weights_of_grouped_heads_returned(q, k, v):
+    weights = softmax(q @ k.transpose(-2, -1) * SCALE)
+    return weights @ v, weights
+
+
+@fused("weights", "s*0.25", dropout_p=0.25)
+def dropped_weights_returned(q, k, v):
+    weights = F.dropout(softmax(q @ k.transpose(-2, -1) * SCALE), 0.25)
+    return weights @ v, weights
+
+
+@fused("weights", "s*0.25", dropout_p=0.25)
+def weights_returned_before_and_after_dropout(q, k, v):
+    weights = softmax(q @ k.transpose(-2, -1) * SCALE)
+    dropped = F.dropout(weights, 0.25)
+    return dropped @ v, weights, dropped
+
+
+@fused("weights", "s*0.25")
 def scores_returned(q, k, v):
     scores = q @ k.transpose(-2, -1) * SCALE
     return softmax(scores) @ v, scores
 
 
-@left("weights", "weights_escape")
+@fused("weights", "s*0.25")
+def scores_updated_in_place_returned(q, k, v):
+    scores = q @ k.transpose(-2, -1)
+    scores *= SCALE
+    return softmax(scores) @ v, scores
+
+
+@fused("weights", "s*0.25")
 def weights_used_twice(q, k, v):
     weights = softmax(q @ k.transpose(-2, -1) * SCALE)
     return weights @ v + weights.mean(-1, keepdim=True)
 
 
-@left("weights", "weights_escape")
+@fused("weights", "s*0.25", "s*0.25")
 def weights_used_for_two_products(q, k, v):
     weights = softmax(q @ k.transpose(-2, -1) * SCALE)
     return weights @ v + weights @ q
+
+
+@fused("weights", "s*0.25", "s*0.25")
+def weights_used_for_a_product_of_the_other(q, k, v):
+    weights = softmax(q @ k.transpose(-2, -1) * SCALE)
+    return weights @ (weights @ v)
+
+
+@fused("weights", "s*0.25", "s*0.25", dropout_p=0.25)
+def dropped_weights_used_for_two_products(q, k, v):
+    weights = F.dropout(softmax(q @ k.transpose(-2, -1) * SCALE), 0.25)
+    return weights @ v + weights @ q
+
+
+@fused("weights", "s")
+def keys_and_values_returned(q, k, v):
+    k, v = k * SCALE, v + 1.0
+    return softmax(q @ k.transpose(-2, -1)) @ v, k, v
+
+
+@left("weights", "mutation")
+def weights_written_to_after_the_product(q, k, v):
+    weights = softmax(q @ k.transpose(-2, -1) * SCALE)
+    out = weights @ v
+    weights *= 2.0
+    return out, weights
+
+
+@left("weights", "weights_escape", captures=("dynamo", "symbolic"))
+def keep_mask_returned(q, k, v):
+    dropped, keep = torch.native_dropout(softmax(q @ k.transpose(-2, -1) * SCALE), 0.25, True)
+    return dropped @ v, keep
+
+
+@left("weights", "score_path")
+def weights_of_the_scores_that_are_normalised(q, k, v):
+    scores = q @ k.transpose(-2, -1) * SCALE
+    return softmax(scores * softmax(scores).amax(-1, keepdim=True)) @ v
 
 
 @left("weights", "weights_path", inputs=lambda: (*qkv(), randn(H, 1, 1)))

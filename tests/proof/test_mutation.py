@@ -98,7 +98,8 @@ def evaluated(base: Base, replacement: Any, inputs: list[Tensor]) -> list[Tensor
     out = env[base.plan.region.output]
     if replacement is not None:
         graph = fx.Graph()
-        graph.output(graph.graph_copy(replacement.graph, mapping := {}) or mapping[last(replacement.graph)])
+        graph.graph_copy(replacement.graph, mapping := {})
+        graph.output(mapping[replacement.outputs[0]])
         arguments = [env[node] for node in replacement.inputs]
         out = fx.GraphModule({}, graph)(*arguments)
     floats = [t for t in leaves if t.requires_grad]
@@ -107,7 +108,3 @@ def evaluated(base: Base, replacement: Any, inputs: list[Tensor]) -> list[Tensor
     do = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(0))
     grads = torch.autograd.grad(out, floats, do, allow_unused=True)
     return [out, *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, floats, strict=True))]
-
-
-def last(graph: fx.Graph) -> fx.Node:
-    return next(reversed(graph.nodes))
