@@ -497,7 +497,7 @@ def keys_and_values_returned(q, k, v):
 def weights_written_to_after_the_product(q, k, v):
     weights = softmax(q @ k.transpose(-2, -1) * SCALE)
     out = weights @ v
-    weights *= 2.0
+    weights.mul_(2.0)
     return out, weights
 
 
@@ -505,12 +505,6 @@ def weights_written_to_after_the_product(q, k, v):
 def keep_mask_returned(q, k, v):
     dropped, keep = torch.native_dropout(softmax(q @ k.transpose(-2, -1) * SCALE), 0.25, True)
     return dropped @ v, keep
-
-
-@left("weights", "score_path")
-def weights_of_the_scores_that_are_normalised(q, k, v):
-    scores = q @ k.transpose(-2, -1) * SCALE
-    return softmax(scores * softmax(scores).amax(-1, keepdim=True)) @ v
 
 
 @left("weights", "weights_path", inputs=lambda: (*qkv(), randn(H, 1, 1)))

@@ -1,0 +1,80 @@
+"""Weights that a model returns: proved with the output, and a wrong one is caught."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_prove import planned, qkv
+from torch.nn import functional as F
+
+from flashfuse import pipeline
+from flashfuse.options import Options
+from flashfuse.proof.prove import emitted, prove_replacement, prove_site
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def returned(q, k, v, pad):
+    added = torch.where(pad[:, None, None], 0.0, torch.finfo(q.dtype).min)
+    weights = (q @ k.transpose(-1, -2) * 0.3 + added).softmax(-1)
+    dropped = F.dropout(weights, 0.2)
+    return dropped @ v, weights, dropped
+
+
+def site():
+    return planned(returned, *qkv(2, 3, 9, 8), torch.rand(2, 9) < 0.7)
+
+
+def calls(replacement):
+    target = torch.ops.flashfuse.attention_weights.default
+    return [n for n in replacement.graph.nodes if n.target is target]
+
+
+def test_certificate_names_the_weights():
+    certificate = prove_site(site())
+    assert certificate.ok
+    assert certificate.compared[:3] == ("out", "weights", "dropped weights")
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [
+        (5, "s*0.31 where pad[b, kv] else uniform"),
+        (5, "s*0.3 else uniform"),
+        (5, "s*0.3 where pad[b, kv] else mean"),
+        (5, "s*0.3 where pad[b, kv] else zero"),
+        (6, 0.5),
+        (6, 0.0),
+    ],
+)
+def test_wrong_weights_are_caught(position, value):
+    plan = site()
+    name = plan.region.program.captures[0]
+    replacement = emitted(plan)
+    value = value.replace("pad", name) if isinstance(value, str) else value
+    call = calls(replacement)[-1]
+    if isinstance(value, str) and "where" not in value:
+        call.args = (*call.args[:2], [], *call.args[3:])
+    call.args = (*call.args[:position], value, *call.args[position + 1 :])
+    assert not prove_replacement(plan.region, replacement).ok
+
+
+def test_exchanged_weights_are_caught():
+    plan = site()
+    replacement = emitted(plan)
+    replacement.outputs[1:] = replacement.outputs[:0:-1]
+    assert not prove_replacement(plan.region, replacement).ok
+
+
+def test_products_that_share_dropped_weights_share_the_mask():
+    def twice(q, k, v):
+        weights = F.dropout((q @ k.transpose(-1, -2)).softmax(-1), 0.5)
+        return weights @ v, weights @ (2.0 * v), weights
+
+    inputs = qkv(2, 3, 9, 8)
+    gm = pipeline.with_example_values(torch.fx.symbolic_trace(twice), inputs)
+    new, report = pipeline.run(gm, Options())
+    assert report.num_fused == 2
+    one, two, weights = new(*inputs)
+    torch.testing.assert_close(two, 2.0 * one)
+    torch.testing.assert_close(one, weights @ inputs[2])
