@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_prove import planned, qkv
 from torch.nn import functional as F
 
 from flashfuse import pipeline
 from flashfuse.options import Options
+from flashfuse.passes.find import find_regions
+from flashfuse.passes.plan import plan
 from flashfuse.proof.prove import emitted, prove_replacement, prove_site
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def returned(q, k, v, pad):
-    added = torch.where(pad[:, None, None], 0.0, torch.finfo(q.dtype).min)
+    added = torch.where(pad[:, None, None], 0.0, torch.finfo(torch.float32).min)
     weights = (q @ k.transpose(-1, -2) * 0.3 + added).softmax(-1)
     dropped = F.dropout(weights, 0.2)
     return dropped @ v, weights, dropped
 
 
+def qkv():
+    return [torch.randn(2, 3, 9, 8) for _ in range(3)]
+
+
 def site():
-    return planned(returned, *qkv(2, 3, 9, 8), torch.rand(2, 9) < 0.7)
+    inputs = (*qkv(), torch.rand(2, 9) < 0.7)
+    gm = pipeline.with_example_values(torch.fx.symbolic_trace(returned), inputs)
+    (found,) = plan(find_regions(gm.graph))
+    return found
 
 
 def calls(replacement):
@@ -48,22 +56,22 @@ def test_certificate_names_the_weights():
     ],
 )
 def test_wrong_weights_are_caught(position, value):
-    plan = site()
-    name = plan.region.program.captures[0]
-    replacement = emitted(plan)
+    fuse = site()
+    name = fuse.region.program.captures[0]
+    replacement = emitted(fuse)
     value = value.replace("pad", name) if isinstance(value, str) else value
     call = calls(replacement)[-1]
     if isinstance(value, str) and "where" not in value:
         call.args = (*call.args[:2], [], *call.args[3:])
     call.args = (*call.args[:position], value, *call.args[position + 1 :])
-    assert not prove_replacement(plan.region, replacement).ok
+    assert not prove_replacement(fuse.region, replacement).ok
 
 
 def test_exchanged_weights_are_caught():
-    plan = site()
-    replacement = emitted(plan)
+    fuse = site()
+    replacement = emitted(fuse)
     replacement.outputs[1:] = replacement.outputs[:0:-1]
-    assert not prove_replacement(plan.region, replacement).ok
+    assert not prove_replacement(fuse.region, replacement).ok
 
 
 def test_products_that_share_dropped_weights_share_the_mask():
@@ -71,7 +79,7 @@ def test_products_that_share_dropped_weights_share_the_mask():
         weights = F.dropout((q @ k.transpose(-1, -2)).softmax(-1), 0.5)
         return weights @ v, weights @ (2.0 * v), weights
 
-    inputs = qkv(2, 3, 9, 8)
+    inputs = qkv()
     gm = pipeline.with_example_values(torch.fx.symbolic_trace(twice), inputs)
     new, report = pipeline.run(gm, Options())
     assert report.num_fused == 2
