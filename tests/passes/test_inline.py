@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 import flashfuse
 from flashfuse import pipeline
 from flashfuse.checker import compare
+from flashfuse.kernels.spec import Reason
 from flashfuse.options import Options
 from flashfuse.passes.inline import _MEANING, encoder_layer
 
@@ -90,7 +91,15 @@ def test_masks_are_closed_forms():
     assert program == "s*0.5 where kv <= q and not arg_1[b, kv] else zero"
 
 
-def test_returned_weights_leave_the_call_as_it_was():
+def test_returned_weights_under_dynamo():
+    attention, x = nn.MultiheadAttention(E, 4, batch_first=True), torch.randn(2, S, E)
+    report = flashfuse.explain(attention, x, x, x)
+    assert [(site.status, site.check.ok) for site in report.sites] == [("fused", True)]
+    assert report.check.ok
+
+
+def test_a_call_of_which_nothing_is_fused_stays_as_it_was(monkeypatch):
+    monkeypatch.setattr("flashfuse.kernels.dispatch.select", lambda *_: Reason("no_kernel", "none"))
     attention, x = nn.MultiheadAttention(E, 4, batch_first=True), torch.randn(2, S, E)
     graphs = []
 
@@ -103,7 +112,7 @@ def test_returned_weights_leave_the_call_as_it_was():
     torch.compile(attention, backend=collect)(x, x, x)
     ((untouched, unchanged, report),) = graphs
     assert untouched and unchanged
-    assert [r.code for site in report.sites for r in site.reasons] == ["weights_escape"]
+    assert [r.code for site in report.sites for r in site.reasons] == ["no_kernel"]
     assert [site.name for site in report.sites] == ["multi_head_attention_forward"]
 
 
