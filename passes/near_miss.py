@@ -43,21 +43,64 @@ def near_misses(graph: fx.Graph, live: set[fx.Node], claimed: set[fx.Node]) -> I
         softmax = read_softmax(node)
         if softmax is None or not scores_like(softmax.input):
             continue
-        user = next((u for u in node.users if u in live), None)
-        where = f"through `{user.name}`" if user is not None else "nowhere"
-        yield NearMiss(
-            node.name,
-            node,
-            (
-                Reason(
-                    "weights_path",
-                    f"the softmax of a product of two tensors goes {where}, not to a product with v",
-                    nodes.source(user) if user is not None else "",
-                    _hint(user),
-                ),
-            ),
-            nodes.source(node),
+        yield NearMiss(node.name, node, (_without_a_product(node, live),), nodes.source(node))
+
+
+def _without_a_product(softmax: fx.Node, live: set[fx.Node]) -> Reason:
+    """Why the weights that ``softmax`` makes meet no product with v."""
+    total = _combination(softmax, live)
+    if total is not None:
+        return Reason(
+            "weights_combined",
+            f"`{total.name}` adds up the weights of softmaxes before the product with v; taken apart, large "
+            "values that cancel there would be rounded first",
+            nodes.source(total),
+            "where that does not matter, write (P1 - c*P2) @ v as P1 @ v - c*(P2 @ v)",
         )
+    user = next((u for u in softmax.users if u in live), None)
+    where = f"through `{user.name}`" if user is not None else "nowhere"
+    return Reason(
+        "weights_path",
+        f"the softmax of a product of two tensors goes {where}, not to a product with v",
+        nodes.source(user) if user is not None else "",
+        "apply only dropout, casts and reshapes to the weights before the product with v",
+    )
+
+
+_SCALED = dialect.VIEWS | dialect.CASTS | {"mul", "div", "neg", "getitem", "dropout", "contiguous", "clone"}
+
+
+def _combination(softmax: fx.Node, live: set[fx.Node]) -> fx.Node | None:
+    """The sum or difference of weights that ``softmax``, scaled or in part, goes into."""
+    pending, seen = [softmax], {softmax}
+    while pending:
+        for user in pending.pop().users:
+            op = dialect.read(user)
+            if op is None or user not in live or user in seen:
+                continue
+            seen.add(user)
+            if op.name in ("add", "sub"):
+                terms = [x for x in (op.args.get("input"), op.args.get("other")) if isinstance(x, fx.Node)]
+                if len(terms) == 2 and all(_are_weights(x) for x in terms):
+                    return user
+            elif op.name in _SCALED:
+                pending.append(user)
+    return None
+
+
+def _are_weights(node: fx.Node) -> bool:
+    pending, seen = [node], {node}
+    while pending:
+        x = pending.pop()
+        softmax = read_softmax(x)
+        if softmax is not None:
+            return scores_like(softmax.input)
+        op = dialect.read(x)
+        if op is not None and op.name in _SCALED:
+            new = [n for n in x.all_input_nodes if n not in seen]
+            seen.update(new)
+            pending += new
+    return False
 
 
 def scores_like(scores: fx.Node) -> bool:
@@ -84,14 +127,6 @@ def scores_like(scores: fx.Node) -> bool:
             row_by_row = row_by_row or shape(node) == shape(inputs[0])
         pending += inputs if row_by_row else []
     return False
-
-
-def _hint(user: fx.Node | None) -> str:
-    """What would make the weights that ``user`` takes fusable."""
-    op = dialect.read(user) if user is not None else None
-    if op is not None and op.name in ("add", "sub", "mul", "getitem", "chunk", "select"):
-        return "scale or add up the products with v, not the weights: (P1 - c*P2) @ v is P1 @ v - c*(P2 @ v)"
-    return "apply only dropout, casts and reshapes to the weights before the product with v"
 
 
 def _is_linear_attention(node: fx.Node) -> bool:

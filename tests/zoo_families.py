@@ -447,6 +447,47 @@ def windows_unfolded(q, k, v):
     return torch.einsum("bhsw,bhsdw->bhsd", weights, v)
 
 
+# --- differences of two attentions ----------------------------------------------------------------
+
+
+def two_attentions(*weight: int) -> tuple[Tensor, ...]:
+    return (*(randn(B, H, S, D) for _ in range(4)), randn(B, H, S, 2 * D), torch.rand(*weight))
+
+
+@fused("difference", "s*0.25", "s*0.25", inputs=lambda: two_attentions(H, 1, 1))
+def difference_of_outputs(q1, k1, q2, k2, v, weight):
+    out = softmax(scores_of(q1, k1)) @ v - weight * (softmax(scores_of(q2, k2)) @ v)
+    return out * torch.rsqrt(out.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+@fused(
+    "difference",
+    "s where kv <= q",
+    inputs=lambda: (randn(B, S, 8 * D), randn(B, S, 4 * D), randn(B, S, 4 * D), torch.rand(())),
+    captures=("dynamo", "export"),
+)
+def difference_of_heads(q, k, v, weight):
+    # Pairs of heads share the values and are subtracted afterwards.
+    q, k = (t.view(B, S, -1, D).transpose(1, 2) for t in (q * SCALE, k))
+    k = k.repeat_interleave(2, dim=1)
+    v = v.view(B, S, 2, 2 * D).transpose(1, 2).repeat_interleave(4, dim=1)
+    scores = q @ k.transpose(-2, -1) + torch.triu(torch.full((S, S), -INF), 1)
+    out = (F.softmax(scores, dim=-1, dtype=torch.float32) @ v).view(B, 4, 2, S, 2 * D)
+    return out[:, :, 0] - weight * out[:, :, 1]
+
+
+@left("difference", "weights_combined", inputs=lambda: two_attentions(H, 1, 1))
+def difference_of_weights(q1, k1, q2, k2, v, weight):
+    # (P1 - c P2) v: where v is nearly constant the difference cancels exactly, and P1 v - c (P2 v) does not.
+    return (softmax(scores_of(q1, k1)) - weight * softmax(scores_of(q2, k2))) @ v
+
+
+@left("difference", "weights_combined", inputs=lambda: (*qkv((B, 2 * H, S, D)), torch.rand(())))
+def difference_of_weights_of_heads(q, k, v, weight):
+    first, second = softmax(scores_of(q, k)).chunk(2, dim=1)
+    return (first - weight * second) @ v[:, :H]
+
+
 # --- other libraries -----------------------------------------------------------------------------
 
 
