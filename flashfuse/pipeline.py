@@ -83,7 +83,8 @@ def _rewritten(
         if checker is not None:
             plans, checks = checker.check_all(plans)
         plans = rewrite(new, plans)
-        fused = {p.region.output for p in plans if isinstance(p, Fuse)}
+        regions = [p.region for p in plans if isinstance(p, Fuse)]
+        fused = {n for r in regions for n in (r.output, *r.interior, *r.masks)}
         useful = frozenset(call.name for call in inlined if call.nodes & fused)
         if len(useful) == len(inlined):
             return new, explained(plans, inside), checks

@@ -10,9 +10,10 @@ the pipeline asks again with those of which a site was fused, and the others sta
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flashfuse.passes import nodes
+from flashfuse.passes import dialect, nodes
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,16 @@ def inline(gm: fx.GraphModule, wanted: Collection[str] | None = None) -> tuple[I
     Args:
         wanted: names of calls; all where ``None``.
     """
-    found = [n for n in gm.graph.nodes if is_whole(n) and (wanted is None or n.name in wanted)]
+    calls: list[tuple[fx.Node, Callable[[], Inlined]]] = [
+        (n, functools.partial(_inline, n)) for n in gm.graph.nodes if is_whole(n)
+    ]
+    calls += [(region[0], functools.partial(_without_vmap, region)) for region in vmapped(gm.graph)]
     done: list[Inlined] = []
-    for node in found:
+    for node, take_apart in calls:
+        if wanted is not None and node.name not in wanted:
+            continue
         try:
-            done.append(_inline(gm, node))
+            done.append(take_apart())
         except Exception:
             # Whatever a trace may run into: the call stays, and is reported as one.
             continue
@@ -70,7 +76,7 @@ def _module(node: fx.Node) -> nn.Module | None:
 # --- one call -----------------------------------------------------------------------------------
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node) -> Inlined:
+def _inline(node: fx.Node) -> Inlined:
     example = nodes.value(node)
     results = example if isinstance(example, (tuple, list)) else (example,)
     mode = next((t.fake_mode for t in results if isinstance(t, FakeTensor)), None)
@@ -104,7 +110,8 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> Inlined:
         raise _NotInlined("the trace gives something else than the call")
     if any(n.op == "get_attr" for n in traced.graph.nodes):
         raise _NotInlined("the trace holds constants of its own")
-    return _paste(node, traced.graph, [*inputs, *state], pieces, made)
+    replaced = [node, *(reader for reader, _ in pieces if reader is not node)]
+    return _paste(node, traced.graph, [*inputs, *state], pieces, made, replaced)
 
 
 def keeps_all(node: fx.Node) -> None:
@@ -154,11 +161,17 @@ def _alike(made: Any, expected: Any) -> bool:
 def _paste(
     call: fx.Node,
     traced: fx.Graph,
-    inputs: list[fx.Node | str],
-    pieces: list[tuple[fx.Node, int]],
-    results: Collection[Any],
+    inputs: Sequence[fx.Node | str],
+    pieces: Sequence[tuple[fx.Node, int]],
+    results: Sequence[Any],
+    replaced: Sequence[fx.Node],
 ) -> Inlined:
-    """Copy the traced nodes before ``call``, and let its readers read them."""
+    """Copy the traced nodes before ``call``, let readers read their results, and erase ``replaced``.
+
+    Args:
+        inputs: what the placeholders of ``traced`` stand for: nodes, or names of parameters of ``call``.
+        pieces: nodes, and the number of the result that each stands for.
+    """
     graph, key = call.graph, "example_value" if "example_value" in call.meta else "val"
     kept = ("stack_trace", "nn_module_stack", "source_fn_stack")
     template = {k: v for k, v in call.meta.items() if k in kept}
@@ -184,9 +197,9 @@ def _paste(
     for reader, which in pieces:
         if not reader.users:
             continue
-        reader.replace_all_uses_with(here[list(results)[which]])
-    for reader in [r for r, _ in pieces if r is not call] + [call]:
-        graph.erase_node(reader)
+        reader.replace_all_uses_with(here[results[which]])
+    for node in reversed(replaced):
+        graph.erase_node(node)
     for node in reversed(made):
         # Sizes that the trace read and did not need.
         if (
@@ -221,6 +234,74 @@ def autocast_at(node: fx.Node) -> list[Any]:
             entered.pop(n.args[0])
     return [torch.autocast(*n.args) for n in entered]
 
+
+# --- regions under vmap ------------------------------------------------------------------------------
+
+
+def vmapped(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The runs of nodes that Dynamo traced under ``torch.vmap``, with what enters and leaves it."""
+    regions: list[list[fx.Node]] = []
+    depth = 0
+    for node in graph.nodes:
+        step = _nesting(node)
+        if step == 1 and depth == 0:
+            regions.append([])
+        if depth or step == 1:
+            regions[-1].append(node)
+        depth = max(0, depth + step)
+    return regions if depth == 0 else regions[:-1]
+
+
+def _nesting(node: fx.Node) -> int:
+    """1 where ``node`` enters a level of vmap, −1 where it leaves one."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(name, 0)
+
+
+def _without_vmap(region: list[fx.Node]) -> Inlined:
+    """The operations on whole tensors that vmap makes of the region, by PyTorch's own rules.
+
+    Of masks only, which need no gradient: what vmap makes is seen below autograd.
+    """
+    own = set(region)
+    inputs = list(dict.fromkeys(i for n in region for i in n.all_input_nodes if i not in own))
+    results = [n for n in region if any(u not in own for u in n.users)]
+    examples = [nodes.value(n) for n in results]
+    mode = next((t.fake_mode for t in examples if isinstance(t, FakeTensor)), None)
+    if mode is None or any(not isinstance(t, Tensor) or t.is_floating_point() for t in examples):
+        raise _NotInlined("a region under vmap that makes something else than masks")
+    if any(n.target in _MODES or {*dialect.writes(n)} - own for n in region):
+        raise _NotInlined("a region under vmap with effects")
+
+    def run(*values: Any) -> Any:
+        env: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
+        depth = 0
+        try:
+            for node in region:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+                target = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
+                env[node] = target(*args, **kwargs)
+                depth += _nesting(node)
+        finally:
+            for _ in range(depth):
+                torch._C._functorch._vmap_decrement_nesting()
+        return [env[n] for n in results]
+
+    with mode, torch.no_grad():
+        traced = make_fx(run, tracing_mode="real")(*map(nodes.value, inputs))
+    traced.graph.eliminate_dead_code()
+    (made,) = traced.graph.find_nodes(op="output")[0].args
+    if not all(map(_alike, made, examples)) or any(n.op == "get_attr" for n in traced.graph.nodes):
+        raise _NotInlined("the trace gives something else than the region")
+    pieces = [(n, i) for i, n in enumerate(results)]
+    return _paste(region[0], traced.graph, inputs, pieces, made, region)
+
+
+_MODES = (
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+)
 
 # --- what the calls compute -------------------------------------------------------------------------
 
