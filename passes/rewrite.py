@@ -171,7 +171,8 @@ class Emitter:
         self.batch_holders = [(o.node, d) for o in region.operands for d in range(len(nodes.shape(o.node)))]
         # randint and the like take no tensor that would say that values are fake.
         self._mode = example.fake_mode if isinstance(example, FakeTensor) else None
-        seed, results = None, {}
+        seed: fx.Node | None = None
+        results: dict[fx.Node, fx.Node] = {}
         if region.weights:
             seed, results = self.weights(region, variant)
         q, k = self.queries_and_keys(region)

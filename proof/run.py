@@ -163,14 +163,14 @@ class Runner:
         dropout_p: float,
         variant: str,
         dtype: torch.dtype,
-    ) -> FieldTensor:
+    ) -> Tensor:
         """The weights: attention to the rows of the identity."""
         kv_len = k.shape[2]
         identity = self.draw.value(torch.eye(kv_len, dtype=torch.int64))
         v = identity.map(lambda t: t.expand(*k.shape[:2], kv_len, kv_len))
         rows = FieldTensor.of(v, q.dtype, {})
         out, _ = self.attention(q, k, rows, captures, ints, (), seed, program, dropout_p, variant)
-        return FieldTensor.of(out.value, dtype, {}) if not out.requires_grad else out.to(dtype)
+        return out.to(dtype)
 
     def block_map(
         self, captures: Any, ints: Any, like: Any, B: int, H: int, Sq: int, Skv: int, mask: Any
