@@ -320,6 +320,9 @@ class SdpaCall(Candidate):
         key = self.op.args.get("key")
         if nodes.tensor(self.node) is None or not isinstance(key, fx.Node) or nodes.tensor(key) is None:
             raise Refused(Reason("sdpa_inputs", "q, k, v and the output are not all dense tensors"))
+        value = self.op.args.get("value")
+        if isinstance(value, fx.Node) and nodes.tensor(value) is not None:
+            nodes.unify(nodes.value(key).shape[-2], nodes.value(value).shape[-2])
         sizes = shape(self.node)
         yield from frames(sizes, len(sizes) - 2, len(sizes) - 1, shape(key)[-2])
 

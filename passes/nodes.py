@@ -80,6 +80,20 @@ def same(a: Size, b: Size) -> bool:
     return bool(a == b) if isinstance(a, int) or isinstance(b, int) else bool(sympy.expand(a - b) == 0)
 
 
+def unify(a: Any, b: Any) -> None:
+    """Make two sizes that an operation needs to be equal one symbol, by a guard where there are two.
+
+    Dynamo gives a cache of keys and one of values lengths of their own, and SDPA does not compare them.
+    """
+    if not isinstance(a, torch.SymInt) or not isinstance(b, torch.SymInt) or same(size_of(a), size_of(b)):
+        return
+    try:
+        bool(a == b)
+    except Exception:
+        # A size that depends on data: nothing can be said when the graph is compiled.
+        return
+
+
 def product(sizes: Iterable[Size]) -> Size:
     total: Size = 1
     for size in sizes:
