@@ -273,6 +273,9 @@ def backward(
                 d_score.masked_fill_(w.dead, 0)
             if bits is not None:
                 _drop(w.weights, bits)
+                if w.dead is not None and program.dead_rows == "nan":
+                    # What dropout makes of NaN is NaN.
+                    w.weights.masked_fill_(w.dead, float("nan"))
             dv_b[:, columns] += torch.bmm(w.weights.view(stacked).mT, do_rows)
             for x, slope in slopes:
                 gradient = d_score[None]

@@ -146,7 +146,22 @@ def program(
         # A captured float mask can still hold −inf in a whole row.
         return ScoreProgram(clean, mask, infinite if any(n.op == "load" for n in E.walk(clean)) else "none")
     dead = "zero" if masked.fills == {-math.inf} and safe else _dead_rows(masked, _receivers(clean, lift))
-    return dead if isinstance(dead, Reason) else ScoreProgram(clean, mask, dead)
+    if isinstance(dead, Reason):
+        return _with_minima_as_numbers(score, dtype, masked, lift) or dead
+    return ScoreProgram(clean, mask, dead)
+
+
+def _with_minima_as_numbers(
+    score: Expr, dtype: torch.dtype, masked: Masked, lift: Lift
+) -> ScoreProgram | None:
+    """The program whose score holds the finite minima as they are, and no mask; ``None`` where it differs.
+
+    Where it is not clear what a fully masked row gives, the original's own arithmetic says it.  It costs
+    sparsity.  float16 rounds what is added to its minimum, the kernels do not.
+    """
+    if dtype == torch.float16 or -math.inf in masked.fills:
+        return None
+    return ScoreProgram(lift.simplify(score), None, "nan")
 
 
 def _receivers(score: Expr, lift: Lift) -> frozenset[str]:

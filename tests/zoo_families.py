@@ -159,8 +159,8 @@ def scores_and_their_mirror(q, k, v):
     return softmax(scores + scores.flip(-1)) @ v
 
 
-@left("joined", "weights_escape", inputs=rope_apart)
-def rotary_part_returned(q, k, v, q_rope, k_rope):
+@fused("joined", "s*0.25", inputs=rope_apart)
+def scores_returned(q, k, v, q_rope, k_rope):
     rope = q_rope @ k_rope.transpose(-2, -1)
     scores = (q @ k.transpose(-2, -1) + rope) * SCALE
     return softmax(scores) @ v, scores

@@ -168,6 +168,26 @@ def mask_filled_with_minus_1e4(q, k, v, mask):
     return softmax((q @ k.transpose(-2, -1) * SCALE).masked_fill(~mask, -1e4)) @ v
 
 
+@fused(
+    "mask",
+    "where(kv <= q, s*0.25, -3.4028234663852886e+38) + where(pad[b, kv], 0.0, -3.4028234663852886e+38) else nan",
+    inputs=with_padding(torch.bool),
+    captures=DYNAMO,
+)
+def masks_filled_and_added(q, k, v, pad):
+    # Where every key is masked it depends on which mask did it, so the minima stay numbers.
+    causal = torch.ones(S, S, dtype=torch.bool).tril()
+    scores = torch.where(causal, q @ k.transpose(-2, -1) * SCALE, LOWEST)
+    return softmax(scores + torch.where(pad, 0.0, LOWEST)[:, None, None]) @ v
+
+
+@left("mask", "dead_rows_unclear", inputs=with_padding(torch.bool), captures=DYNAMO)
+def infinite_masks_filled_and_added(q, k, v, pad):
+    causal = torch.ones(S, S, dtype=torch.bool).tril()
+    scores = torch.where(causal, q @ k.transpose(-2, -1) * SCALE, -torch.inf)
+    return softmax(scores + torch.where(pad, 0.0, LOWEST)[:, None, None]) @ v
+
+
 @fused("mask", "s*0.25 where mask[b, 0, q, kv] else uniform", inputs=with_mask(B, 1, S, S))
 def mask_added(q, k, v, mask):
     return softmax(q @ k.transpose(-2, -1) * SCALE + torch.where(mask, 0.0, LOWEST)) @ v

@@ -251,7 +251,7 @@ def log_softmax(q, k, v):
     return F.log_softmax(q @ k.transpose(-2, -1) * SCALE, dim=-1) @ v
 
 
-@left("softmax")
+@left("softmax", "linear_attention")
 def linear_attention(q, k, v):
     return torch.softmax(q, dim=-1) @ (torch.softmax(k, dim=-2).transpose(-2, -1) @ v)
 
