@@ -170,7 +170,7 @@ def mask_filled_with_minus_1e4(q, k, v, mask):
 
 @fused(
     "mask",
-    "where(kv <= q, s*0.25, -3.4028234663852886e+38) + where(pad[b, kv], 0.0, -3.4028234663852886e+38) else nan",
+    f"where(kv <= q, s*0.25, {LOWEST}) + where(pad[b, kv], 0.0, {LOWEST}) else nan",
     inputs=with_padding(torch.bool),
     captures=DYNAMO,
 )
