@@ -4,7 +4,8 @@
 takes any strides, also those of an expanded mask or key.  A program of that form without dropout is
 cut into tiles of rows; each tile runs against the columns it can reach, with a mask of the tile's
 size only where the tile needs one (``cpu_score.py``).  Every other program, dropout, and gradients
-of captures run in ``cpu_blas.py``.
+of captures run in ``cpu_blas.py``.  A sink is put into ``out`` and ``lse`` afterwards, which is all that
+the kernel's backward reads; its own gradient follows from them (``sinks.py``).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashfuse.kernels import cpu_blas
+from flashfuse.kernels import cpu_blas, sinks
 from flashfuse.kernels.cpu_blas import Dropout, additive_of
 from flashfuse.kernels.cpu_score import Form, Sizes, Tile, TileValues, form_of, tiles
 from flashfuse.kernels.expr import KV, Q, compare
 from flashfuse.kernels.ops import empty_bhsd
-from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram
+from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram, differentiable_loads
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -85,11 +86,16 @@ def backward(
         return grads + [captures[i].new_zeros(captures[i].shape) for i in capture_grads]
     # Equal scores have gradients that the fused kernel, which gives dead rows no weight, does not make.
     equal_scores = program.dead_rows in UNIFORM and bool((lse == float("-inf")).any())
-    if not (dropout_p or capture_grads or equal_scores) and _is_native(form_of(program)):
+    # Other gradients of captures need every score.
+    wanted = [program.captures[i] for i in capture_grads]
+    of_sink_only = not differentiable_loads(program.score).intersection(wanted)
+    if of_sink_only and not (dropout_p or equal_scores) and _is_native(form_of(program)):
         site = _Native(q, k, v, captures, ints, program)
         every = list(site.tiles())
         if not _has_short_rows(site, every):
-            return _native_backward(site, every, do, q, k, v, out, lse)
+            return _native_backward(site, every, do, q, k, v, out, lse) + site.sink_gradients(
+                wanted, do, out, lse
+            )
     return cpu_blas.backward(do, q, k, v, captures, ints, seed, program, dropout_p, capture_grads)
 
 
@@ -186,6 +192,24 @@ class _Native:
             return mask.expand(1, 1, *shape)
         return mask.expand(1, heads, *shape)[0].unflatten(0, (self.kv_heads, -1))
 
+    def sink(self, like: Tensor) -> Tensor:
+        """[B, H, Sq]."""
+        return sinks.logits(
+            self.program, tuple(self.captures.values()), [n for _, n in self.ints], self.sizes, like
+        )
+
+    def sink_gradients(self, wanted: Sequence[str], do: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
+        if not wanted:
+            return []
+        lse = lse.double()
+        delta = (do.double() * out.double()).sum(-1)
+        weight = torch.where(lse == float("-inf"), 0, (self.sink(lse) - lse).exp())
+        found = sinks.gradients(
+            self.program, tuple(self.captures.values()), [n for _, n in self.ints], self.sizes, weight, delta,
+            wanted,
+        )  # fmt: skip
+        return [found[name].to(self.captures[name].dtype) for name in wanted]
+
     def padded(self, x: Tensor) -> Tensor:
         missing = self.head_dim - x.shape[-1]
         x = F.pad(x, (0, missing)) if missing else x
@@ -200,6 +224,7 @@ def _native_forward(
     out = empty_bhsd(q, (batch, heads, q_len, v_dim))
     lse = torch.empty(batch, heads, q_len, dtype=site.dtype)
     mean = None
+    sink = site.sink(lse) if site.form.sink is not None else None
     q, k, v = site.padded(q), site.padded(k), site.padded(v)
     for tile in every:
         rows = (slice(tile.b0, tile.b1), slice(None), slice(tile.q0, tile.q1))
@@ -223,6 +248,9 @@ def _native_forward(
             dead = _dead_rows(mask, tile, tile_lse)
             if dead is not None:
                 lse[rows] = lse[rows].masked_fill(dead, float("-inf"))
+        if sink is not None:
+            out[rows], lse[rows] = sinks.corrected(out[rows], lse[rows], sink[rows])
+            dead = None if dead is None else dead & (sink[rows] == float("-inf"))
         if dead is not None and site.program.dead_rows == "nan":
             out[rows] = out[rows].masked_fill(dead[..., None], float("nan"))
         elif dead is not None and site.program.dead_rows in AVERAGING:

@@ -7,6 +7,9 @@ mask Z (FlashAttention, arXiv 2205.14135, section 3 and appendix B; recomputed, 
     dP = Z ∘ c do_I v_Jᵀ   dS = P ∘ (dP - rowsum(P ∘ dP))
     dq_I = score'(S) dS k_J    dk_J += (score'(S) dS)ᵀ q_I    dv_J += c (P ∘ Z)ᵀ do_I
 
+A sink adds ``exp(sink)`` to the sum of a row: P = softmax_J(S) · Σ / (Σ + exp(sink)), and
+d sink = −P_sink rowsum(P ∘ dP).
+
 A tile holds whole rows, so the softmax is not split.  Query heads that share a key head are stacked
 as rows of one product.  float16 and bfloat16 are computed in float32.
 """
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from flashfuse.kernels.cpu_score import Sizes, Tile, TileValues, form_of, tiles
 from flashfuse.kernels.derivative import derivative
-from flashfuse.kernels.expr import ONE, S, load
+from flashfuse.kernels.expr import ONE, ZERO, S, load
 from flashfuse.kernels.ops import empty_bhsd
 from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram
 
@@ -143,9 +146,18 @@ class _Site:
         highest = scores.amax(-1, keepdim=True)
         weights = torch.softmax(scores, -1)
         dead = highest == float("-inf")
-        lse = highest - weights.amax(-1, keepdim=True).log_()
+        top_weight = weights.amax(-1, keepdim=True)
+        lse, sink = highest - top_weight.log(), None
+        if form.sink is not None:
+            logit = values.tensor(form.sink).to(self.dtype).expand(lse.shape)
+            # Of differences to the largest score: lse itself has no digits left where scores are huge.
+            ratio = torch.where(dead, float("inf"), (logit - highest).exp() * top_weight)
+            weights.masked_fill_(dead, 0).mul_(1 / (1 + ratio))
+            sink = 1 / (1 + 1 / ratio)
+            lse = torch.where(dead, logit, torch.logaddexp(lse, logit))
+            dead = dead & (logit == float("-inf"))
         if not dead.any():
-            return _Weights(tile, values, weights[0], lse[0], None)
+            return _Weights(tile, values, weights[0], lse[0], None, None if sink is None else sink[0])
         if not self.keeps_dead_rows_zero and tile.k1 - tile.k0 < self.sizes[3]:
             # Such rows spread over every key, also those that no other row reaches.
             wide = tile.widened(form, self.sizes[3])
@@ -154,16 +166,28 @@ class _Site:
         fill = float("nan") if self.program.dead_rows == "nan" else averages
         weights.masked_fill_(dead, fill)
         lse.masked_fill_(dead, float("-inf"))
-        return _Weights(tile, values, weights[0], lse[0], dead[0])
+        if sink is not None:
+            sink = sink.masked_fill(dead, 0)[0]
+        return _Weights(tile, values, weights[0], lse[0], dead[0], sink)
 
 
 class _Weights:
-    """``weights`` [H, rows, columns] of ``tile``; ``lse`` and ``dead`` (if any is) [H, rows, 1]."""
+    """``weights`` [H, rows, columns] of ``tile``; ``lse`` [H, rows, 1], so are ``dead`` and ``sink``.
+
+    ``dead`` is ``None`` where no row is, ``sink`` (the weight of the sink) where the program has none.
+    """
 
     def __init__(
-        self, tile: Tile, values: TileValues, weights: Tensor, lse: Tensor, dead: Tensor | None
+        self,
+        tile: Tile,
+        values: TileValues,
+        weights: Tensor,
+        lse: Tensor,
+        dead: Tensor | None,
+        sink: Tensor | None,
     ) -> None:
         self.tile, self.values, self.weights, self.lse, self.dead = tile, values, weights, lse, dead
+        self.sink = sink
 
 
 def allowed_of(values: TileValues, tile: Tile) -> Tensor | None:
@@ -206,6 +230,9 @@ def forward(
         if tile.is_empty and site.keeps_dead_rows_zero:
             out[b, :, rows] = 0
             lse[b, :, rows] = float("-inf")
+            if site.form.sink is not None:
+                logit = site.values(tile).tensor(site.form.sink).to(site.dtype)
+                lse[b, :, rows] = logit.expand(1, heads, tile.q1 - tile.q0, 1)[0, ..., 0]
             continue
         if tile.is_empty:
             tile = tile.widened(site.form, k.shape[2])
@@ -248,6 +275,11 @@ def backward(
     slopes = [
         (x, derivative(form.score, load(f"@{i}", ()))) for i, x in enumerate(form.loads) if x.name in wanted
     ]
+    sink_slopes = [
+        (x, derivative(form.sink, load(f"@{i}", ())))
+        for i, x in enumerate(form.loads)
+        if form.sink is not None and x.name in wanted
+    ]
     score_slope = derivative(form.score, S) if form.scale is None else ONE
     k_b = v_b = dk_b = dv_b = q.new_empty(0)
     for tile in site.tiles():
@@ -271,6 +303,12 @@ def backward(
             d_score = torch._softmax_backward_data(d_weights, w.weights, -1, site.dtype)
             if w.dead is not None and program.dead_rows not in UNIFORM:
                 d_score.masked_fill_(w.dead, 0)
+            if w.sink is not None and sink_slopes:
+                d_sink = -w.sink * (w.weights * d_weights).sum(-1, keepdim=True)
+                d_sink = torch.where(w.sink == 0, 0, d_sink)[None]
+                for x, slope in sink_slopes:
+                    gradient = torch.where(d_sink == 0, 0, d_sink * w.values.tensor(slope))
+                    w.values.add_gradient(x, gradient, wanted[x.name])
             if bits is not None:
                 _drop(w.weights, bits)
                 if w.dead is not None and program.dead_rows == "nan":
@@ -278,6 +316,8 @@ def backward(
                     w.weights.masked_fill_(w.dead, float("nan"))
             dv_b[:, columns] += torch.bmm(w.weights.view(stacked).mT, do_rows)
             for x, slope in slopes:
+                if slope == ZERO:
+                    continue
                 gradient = d_score[None]
                 if w.dead is not None and program.dead_rows == "uniform_s":
                     gradient = gradient.masked_fill(w.dead, 0)

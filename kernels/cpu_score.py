@@ -63,7 +63,8 @@ class Form:
 
     Expressions here hold their loads as ``@0[]``, ``@1[]`` …, one for each of ``loads``.
     ``scale`` and ``bias`` are set where the score is ``s * scale + bias`` with ``bias`` free of
-    ``s``; ``bias`` is ``None`` for 0.  The mask is true where all ``conditions`` are.
+    ``s``; ``bias`` is ``None`` for 0.  The mask is true where all ``conditions`` are.  ``sink`` is
+    ``None`` where the program has none.
     """
 
     score: Expr
@@ -71,6 +72,7 @@ class Form:
     bias: Expr | None
     conditions: tuple[Expr, ...]
     loads: tuple[Load, ...]
+    sink: Expr | None = None
 
     def loads_of(self, e: Expr) -> list[Load]:
         return [self.loads[_slot(node)] for node in walk(e) if node.op == "load"]
@@ -109,7 +111,8 @@ def form_of(program: ScoreProgram) -> Form:
     scale, bias = _linear(score)
     mask = substitute(program.mask, take) if program.mask is not None else TRUE
     conditions = () if mask == TRUE else mask.operands if mask.op == "and" else (mask,)
-    return Form(score, scale, bias, conditions, tuple(_load_of(node) for node in found))
+    sink = substitute(program.sink, take) if program.sink is not None else None
+    return Form(score, scale, bias, conditions, tuple(_load_of(node) for node in found), sink)
 
 
 def _linear(score: Expr) -> tuple[float | None, Expr | None]:

@@ -164,7 +164,7 @@ def attention_reference(
         keep: [B, H, Sq, Skv], True where dropout keeps a weight; required when ``dropout_p`` > 0.
 
     Returns:
-        out [B, H, Sq, Dv], and lse [B, H, Sq] (natural log; −inf in dead rows).
+        out [B, H, Sq, Dv], and lse [B, H, Sq] (natural log, the sink's term included; −inf in dead rows).
     """
     batch, heads, q_len, _ = q.shape
     group = heads // k.shape[1]
@@ -180,14 +180,17 @@ def attention_reference(
     if program.mask is not None:
         allowed = _truth(torch.as_tensor(evaluate(program.mask, env), device=q.device)).expand(scores.shape)
         scores = scores.masked_fill(~allowed, float("-inf"))
+    if program.sink is not None:
+        sink = torch.as_tensor(evaluate(program.sink, env), dtype=q.dtype, device=q.device)
+        scores = torch.cat([scores, sink.expand(batch, heads, q_len, 1)], -1)
     lse = scores.logsumexp(-1)
     dead = (lse == float("-inf"))[..., None]
     # Not exp(scores - lse): where every score is −3.4e38, lse has no room for the log of the sum.
-    weights = scores.masked_fill(dead, 0).softmax(-1)
+    weights = scores.masked_fill(dead, 0).softmax(-1)[..., :kv_len]
     if program.dead_rows in ("uniform", "uniform_s"):
         if program.dead_rows == "uniform_s":
             env.update((name, c.detach()) for name, c in zip(program.captures, captures, strict=True))
-            raw = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype).expand(scores.shape)
+            raw = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype).expand(products.shape)
         # Equal scores whose gradients are those of the scores.
         equal = torch.where(dead, raw - raw.detach(), 0)
         weights = torch.where(dead, equal.softmax(-1), weights)

@@ -77,16 +77,21 @@ class ScoreProgram:
 
     .. math::
         S = \\text{score}(q_i \\cdot k_j, b, h, i, j), \\qquad
-        P_{ij} = \\text{softmax}_j(S_{ij}) \\text{ over the } j \\text{ with mask}(b, h, i, j)
+        P_{ij} = \\frac{\\exp S_{ij}}{\\exp \\text{sink}(b, h, i) + \\sum_j \\exp S_{ij}}
+        \\text{ over the } j \\text{ with mask}(b, h, i, j)
 
-    Text form: ``score [where mask] [else dead_rows]``, for example
-    ``s*0.125 + bias[h, kv - q] where kv <= q and pad[b, kv] else mean``.
+    Without a sink its term is absent and P is a softmax.
+
+    Text form: ``score [where mask] [sink logit] [else dead_rows]``, for example
+    ``s*0.125 + bias[h, kv - q] where kv <= q and pad[b, kv] else mean`` or
+    ``s*0.125 where kv <= q sink sinks[h]``.
 
     Attributes:
         score: the score; real-valued.  Never −inf: what is masked is said by ``mask``.
         mask: true = attend; ``None`` = every key.
         dead_rows: what a row with no key allowed gives.  A row can also be dead without a mask, where
-            a captured float tensor holds −inf.
+            a captured float tensor holds −inf.  With a sink a row is dead only if the sink is −inf as
+            well: any other sink has all the weight then, and the row gives 0.
 
             ============  =======================================  ==================================
             ``none``      proved not to happen
@@ -99,11 +104,13 @@ class ScoreProgram:
             ``nan``       NaN: the scores are −inf                 NaN
             ``zero``      0: SDPA, ``_safe_softmax``               0
             ============  =======================================  ==================================
+        sink: a logit that only the sum sees, over ``b``, ``h``, ``q`` and captures.
     """
 
     score: Expr
     mask: Expr | None = None
     dead_rows: DeadRows = "none"
+    sink: Expr | None = None
 
     @functools.cached_property
     def captures(self) -> tuple[str, ...]:
@@ -112,16 +119,14 @@ class ScoreProgram:
 
     @functools.cached_property
     def differentiable(self) -> frozenset[str]:
-        """Names of the captures that the score has a derivative in: not those of conditions only."""
-        found: set[str] = set()
-        pending = [self.score]
-        while pending:
-            e = pending.pop()
-            if e.op == "load":
-                found.add(e.args[0])
-            elif e.op != "var" and not e.is_const and not is_bool(e):
-                pending += e.args[1:] if e.op == "where" else e.args
-        return frozenset(found)
+        """Names of the captures that score or sink have a derivative in: not those of conditions only."""
+        of_sink = frozenset() if self.sink is None else differentiable_loads(self.sink)
+        return differentiable_loads(self.score) | of_sink
+
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        """Score, mask and sink, as far as there are any."""
+        return tuple(e for e in (self.score, self.mask, self.sink) if e is not None)
 
     @functools.cached_property
     def ints(self) -> tuple[str, ...]:
@@ -129,7 +134,7 @@ class ScoreProgram:
         return self._names("var")
 
     def _names(self, kind: str) -> tuple[str, ...]:
-        nodes = [n for e in (self.score, self.mask) if e is not None for n in walk(e)]
+        nodes = [n for e in self.parts for n in walk(e)]
         found = {n.args[0] for n in nodes if n.op == kind} - _RESERVED
         text = self.text
         return tuple(sorted(found, key=lambda name: re.search(rf"\b{name}\b", text).start()))  # type: ignore[union-attr]
@@ -137,8 +142,9 @@ class ScoreProgram:
     @functools.cached_property
     def text(self) -> str:
         where = "" if self.mask is None else f" where {self.mask}"
+        sink = "" if self.sink is None else f" sink {self.sink}"
         tail = "" if self.dead_rows == "none" else f" else {self.dead_rows}"
-        return f"{self.score}{where}{tail}"
+        return f"{self.score}{where}{sink}{tail}"
 
     def __str__(self) -> str:
         return self.text
@@ -152,6 +158,7 @@ class ScoreProgram:
             ValueError: not a program; the message says which part was not understood.
         """
         body, has_else, dead = text.partition(" else ")
+        body, has_sink, logit = body.partition(" sink ")
         head, where, condition = body.partition(" where ")
         dead = dead.strip() if has_else else "none"
         if dead not in get_args(DeadRows):
@@ -163,7 +170,10 @@ class ScoreProgram:
             raise ValueError(
                 f"expected a mask over indices and captures, got one over the score: {condition!r}"
             )
-        return ScoreProgram(parse(head), mask, dead)  # type: ignore[arg-type]
+        sink = parse(logit) if has_sink else None
+        if sink is not None and {"s", "kv"} & variables(sink):
+            raise ValueError(f"expected a sink over b, h, q and captures, got {logit!r}")
+        return ScoreProgram(parse(head), mask, dead, sink)  # type: ignore[arg-type]
 
     @property
     def mask_program(self) -> ScoreProgram:
@@ -174,3 +184,16 @@ class ScoreProgram:
     def mask_variables(self) -> frozenset[str]:
         """The variables that the mask depends on."""
         return frozenset(variables(self.mask)) if self.mask is not None else frozenset()
+
+
+def differentiable_loads(e: Expr) -> frozenset[str]:
+    """Names of the loads whose values ``e`` has a derivative in."""
+    found: set[str] = set()
+    pending = [e]
+    while pending:
+        e = pending.pop()
+        if e.op == "load":
+            found.add(e.args[0])
+        elif e.op != "var" and not e.is_const and not is_bool(e):
+            pending += e.args[1:] if e.op == "where" else e.args
+    return frozenset(found)

@@ -1,0 +1,87 @@
+"""Sinks outside the kernels: the logit itself, and its gradient from what a forward leaves behind.
+
+A sink adds ``exp(sink)`` to the sum that weights are divided by.  With ``lse`` over the keys and the sink,
+
+    P_sink = exp(sink − lse)        d sink = −P_sink · delta        delta = do · out
+
+where ``lse`` and ``delta`` are those of the row, and P over the keys is what it is without a sink.
+sink, lse and delta are [B, H, Sq]; a row that is dead has P_sink = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from flashfuse.kernels.derivative import derivative
+from flashfuse.kernels.expr import walk
+from flashfuse.kernels.reference import environment, evaluate
+from flashfuse.kernels.spec import ScoreProgram
+
+Sizes = tuple[int, int, int, int]
+
+
+def logits(
+    program: ScoreProgram, captures: Sequence[Tensor], ints: Sequence[int], sizes: Sizes, like: Tensor
+) -> Tensor:
+    """The sink of every row, [B, H, Sq] in the dtype and on the device of ``like``; ``sizes`` as for a tile."""
+    assert program.sink is not None
+    value = evaluate(program.sink, _environment(program, captures, ints, sizes, like))
+    found = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return found.expand(*sizes[:3], 1)[..., 0]
+
+
+def corrected(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` [B, H, S, Dv] and ``lse`` [B, H, S] over the keys → with the sink's term in the sum.
+
+    A row of which both are −∞ stays as it is.
+    """
+    total = torch.logaddexp(lse, sink)
+    share = torch.where(total == float("-inf"), 1.0, torch.sigmoid(lse - sink))
+    return (out * share[..., None]).to(out.dtype), total
+
+
+def gradients(
+    program: ScoreProgram,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    sizes: Sizes,
+    weight: Tensor,
+    delta: Tensor,
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    """By name: the gradient of every ``wanted`` capture that the sink reads, in the dtype of ``delta``.
+
+    ``weight`` is P_sink, [B, H, Sq] like ``delta``.
+    """
+    assert program.sink is not None
+    # A weight of 0 has no part in it, whatever delta is in a row without a key.
+    slope = torch.where(weight == 0, 0, -weight * delta)[..., None]
+    env = _environment(program, captures, ints, sizes, delta)
+    named = dict(zip(program.captures, captures, strict=True))
+    found: dict[str, Tensor] = {}
+    for load in walk(program.sink):
+        if load.op != "load" or load.args[0] not in wanted:
+            continue
+        name = load.args[0]
+        total = found.setdefault(name, torch.zeros(named[name].shape, dtype=delta.dtype, device=delta.device))
+        by_load = torch.as_tensor(evaluate(derivative(program.sink, load), env), device=delta.device)
+        gradient = torch.where(slope == 0, 0, slope * by_load)
+        places = [torch.as_tensor(evaluate(i, env), device=delta.device) for i in load.operands]
+        shape = torch.broadcast_shapes(*(p.shape for p in places))
+        shape = (1,) * (4 - len(shape)) + tuple(shape)
+        # Summed first over what the index does not depend on, so that few elements are scattered.
+        axes = [axis for axis, n in enumerate(shape) if n == 1 and gradient.shape[axis] > 1]
+        summed = gradient.sum(axes, keepdim=True) if axes else gradient
+        at = tuple(p.expand(shape) for p in places)
+        total.index_put_(at, summed.to(total.dtype).expand(shape), accumulate=True)
+    return found
+
+
+def _environment(
+    program: ScoreProgram, captures: Sequence[Tensor], ints: Sequence[int], sizes: Sizes, like: Tensor
+) -> dict[str, object]:
+    floats = [c.to(like.dtype) if c.is_floating_point() else c for c in captures]
+    return dict(environment(program, floats, ints, sizes, like.device))
