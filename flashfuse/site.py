@@ -15,7 +15,7 @@ from flashfuse.footprint import devices_of
 from flashfuse.inputs import Draw, InputSet, input_sets, normal
 from flashfuse.kernels import dispatch
 from flashfuse.kernels.reference import environment, evaluate
-from flashfuse.kernels.spec import ScoreProgram
+from flashfuse.kernels.spec import ScoreProgram, differentiable_loads
 from flashfuse.numbers import check_runs, drop, exact_copy, same_bits, sdpa_math
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.plan import Fuse
@@ -163,6 +163,11 @@ class Site:
             q, k, v, captures, ints = self.arguments(kind.inputs)[:5]
             found = magnitudes(q, k, v, captures, ints, self.program, self.weights)
             return found | {name: found[name[0]] for name in self.names if BESIDE.match(name)}
+        if self.program.sink is not None and not self.program.sink.is_const:
+            # A sum over rows of P_sink · Σ P dP, each of which is rounded, and which cancel each other.
+            q, k, v, captures, ints = self.arguments(kind.inputs)[:5]
+            sizes = magnitudes(q, k, v, captures, ints, self.program, of_scores=False)
+            return {n: sizes[n] for n in differentiable_loads(self.program.sink) if n in sizes}
         if kind.flushes and any(device.type == "cuda" for device in devices_of(kind.inputs)):
             # A few products below the smallest normal number, each taken for 0.
             size = 4 * torch.finfo(torch.float32).smallest_normal / torch.finfo(self.computed_in).eps
@@ -260,11 +265,13 @@ def magnitudes(
     ints: Sequence[int],
     program: ScoreProgram,
     outputs: Sequence[str] = (),
+    of_scores: bool = True,
 ) -> dict[str, float]:
     """What one rounding of the scores makes of the output and of each gradient, per eps.
 
     The output moves by ``P(1 − P) |v|``, weights among the ``outputs`` by ``P(1 − P)``; gradients are sums of
-    ``P ∘ dP``; all times 1 + the largest score.
+    ``P ∘ dP``; all times 1 + the largest score.  Without ``of_scores``, what one rounding of the terms makes:
+    not times that.
     """
     group = q.shape[1] // k.shape[1]
     products = (q @ k.repeat_interleave(group, 1).transpose(-1, -2)).requires_grad_()
@@ -276,13 +283,21 @@ def magnitudes(
         floats = {n: c for n, c in zip(program.captures, leaves, strict=True) if c.requires_grad}
         allowed: Any = True if program.mask is None else evaluate(program.mask, env)
         masked = torch.where(torch.as_tensor(allowed, device=q.device) != 0, scores.detach(), -math.inf)
+        logits = [scores]
+        if program.sink is not None:
+            sink = torch.as_tensor(evaluate(program.sink, env), dtype=q.dtype, device=q.device)
+            sink = sink.expand(*sizes[:3], 1)
+            masked = torch.cat([masked, sink.detach()], -1)
+            logits += [sink] if sink.requires_grad else []
         weights = torch.ops.aten._safe_softmax(masked, -1)
+        weights, sink_weight = weights[..., : sizes[3]], weights[..., sizes[3] :]
         do = torch.randn((*sizes[:3], v.shape[-1]), generator=torch.Generator().manual_seed(0), dtype=q.dtype)
         do = do.to(q.device)
         # Weights that are returned have cotangents of their own, of size 1.
         dp = (do @ v.repeat_interleave(group, 1).transpose(-1, -2)).abs() + len(outputs)
         dp = dp * weights
-        grads = torch.autograd.grad(scores, [products, *floats.values()], dp, allow_unused=True)
+        slopes = [dp, sink_weight * dp.sum(-1, keepdim=True)][: len(logits)]
+        grads = torch.autograd.grad(logits, [products, *floats.values()], slopes, allow_unused=True)
     ds = grads[0].abs()
     largest = float(masked[masked.isfinite()].abs().max()) if bool(masked.isfinite().any()) else 0.0
 
@@ -297,4 +312,4 @@ def magnitudes(
     }
     found |= dict.fromkeys(outputs, float((weights * (1 - weights)).max()))
     found |= {n: float(g.abs().max()) for n, g in zip(floats, grads[1:], strict=True) if g is not None}
-    return {name: (1 + largest) * size for name, size in found.items()}
+    return {name: ((1 + largest) if of_scores else 1.0) * size for name, size in found.items()}

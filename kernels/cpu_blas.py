@@ -7,8 +7,7 @@ mask Z (FlashAttention, arXiv 2205.14135, section 3 and appendix B; recomputed, 
     dP = Z ∘ c do_I v_Jᵀ   dS = P ∘ (dP - rowsum(P ∘ dP))
     dq_I = score'(S) dS k_J    dk_J += (score'(S) dS)ᵀ q_I    dv_J += c (P ∘ Z)ᵀ do_I
 
-A sink adds ``exp(sink)`` to the sum of a row: P = softmax_J(S) · Σ / (Σ + exp(sink)), and
-d sink = −P_sink rowsum(P ∘ dP).
+A sink is one more column of S, of whose weight nothing is made: d sink = −P_sink rowsum(P ∘ dP).
 
 A tile holds whole rows, so the softmax is not split.  Query heads that share a key head are stacked
 as rows of one product.  float16 and bfloat16 are computed in float32.
@@ -19,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashfuse.kernels.cpu_score import Sizes, Tile, TileValues, form_of, tiles
 from flashfuse.kernels.derivative import derivative
-from flashfuse.kernels.expr import ONE, ZERO, S, load
+from flashfuse.kernels.expr import ONE, ZERO, S, contains, load
 from flashfuse.kernels.ops import empty_bhsd
 from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram
 
@@ -143,21 +143,15 @@ class _Site:
             allowed = allowed_of(values, tile)
             if allowed is not None:
                 scores = scores.masked_fill(~allowed, float("-inf"))
+        if form.sink is not None:
+            logit = values.tensor(form.sink).to(self.dtype)
+            scores = torch.cat([scores, logit.expand(*shape[:3], 1)], -1)
         highest = scores.amax(-1, keepdim=True)
         weights = torch.softmax(scores, -1)
         dead = highest == float("-inf")
-        top_weight = weights.amax(-1, keepdim=True)
-        lse, sink = highest - top_weight.log(), None
-        if form.sink is not None:
-            logit = values.tensor(form.sink).to(self.dtype).expand(lse.shape)
-            # Of differences to the largest score: lse itself has no digits left where scores are huge.
-            ratio = torch.where(dead, float("inf"), (logit - highest).exp() * top_weight)
-            weights.masked_fill_(dead, 0).mul_(1 / (1 + ratio))
-            sink = 1 / (1 + 1 / ratio)
-            lse = torch.where(dead, logit, torch.logaddexp(lse, logit))
-            dead = dead & (logit == float("-inf"))
+        lse = highest - weights.amax(-1, keepdim=True).log_()
         if not dead.any():
-            return _Weights(tile, values, weights[0], lse[0], None, None if sink is None else sink[0])
+            return _Weights(tile, values, weights[0], lse[0], None)
         if not self.keeps_dead_rows_zero and tile.k1 - tile.k0 < self.sizes[3]:
             # Such rows spread over every key, also those that no other row reaches.
             wide = tile.widened(form, self.sizes[3])
@@ -166,28 +160,27 @@ class _Site:
         fill = float("nan") if self.program.dead_rows == "nan" else averages
         weights.masked_fill_(dead, fill)
         lse.masked_fill_(dead, float("-inf"))
-        if sink is not None:
-            sink = sink.masked_fill(dead, 0)[0]
-        return _Weights(tile, values, weights[0], lse[0], dead[0], sink)
+        return _Weights(tile, values, weights[0], lse[0], dead[0])
 
 
 class _Weights:
-    """``weights`` [H, rows, columns] of ``tile``; ``lse`` [H, rows, 1], so are ``dead`` and ``sink``.
+    """``weights`` [H, rows, columns] of ``tile``; ``lse`` and ``dead`` (if any is) [H, rows, 1].
 
-    ``dead`` is ``None`` where no row is, ``sink`` (the weight of the sink) where the program has none.
+    Under a sink ``all_weights`` has its weight as one more column.
     """
 
     def __init__(
-        self,
-        tile: Tile,
-        values: TileValues,
-        weights: Tensor,
-        lse: Tensor,
-        dead: Tensor | None,
-        sink: Tensor | None,
+        self, tile: Tile, values: TileValues, weights: Tensor, lse: Tensor, dead: Tensor | None
     ) -> None:
-        self.tile, self.values, self.weights, self.lse, self.dead = tile, values, weights, lse, dead
-        self.sink = sink
+        self.tile, self.values, self.lse, self.dead = tile, values, lse, dead
+        self.all_weights, self.weights = weights, weights[..., : tile.k1 - tile.k0]
+
+    def score_gradient(self, d_weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """dS [H, rows, columns], and d sink [1, H, rows, 1] under a sink."""
+        if self.weights.shape == self.all_weights.shape:
+            return torch._softmax_backward_data(d_weights, self.weights, -1, dtype), None
+        both = torch._softmax_backward_data(F.pad(d_weights, (0, 1)), self.all_weights, -1, dtype)
+        return both[..., :-1], both[None, ..., -1:]
 
 
 def allowed_of(values: TileValues, tile: Tile) -> Tensor | None:
@@ -275,11 +268,13 @@ def backward(
     slopes = [
         (x, derivative(form.score, load(f"@{i}", ()))) for i, x in enumerate(form.loads) if x.name in wanted
     ]
-    sink_slopes = [
-        (x, derivative(form.sink, load(f"@{i}", ())))
-        for i, x in enumerate(form.loads)
-        if form.sink is not None and x.name in wanted
-    ]
+    sink_slopes = []
+    if form.sink is not None:
+        sink_slopes = [
+            (x, derivative(form.sink, load(f"@{i}", ())))
+            for i, x in enumerate(form.loads)
+            if x.name in wanted and contains(form.sink, load(f"@{i}", ()))
+        ]
     score_slope = derivative(form.score, S) if form.scale is None else ONE
     k_b = v_b = dk_b = dv_b = q.new_empty(0)
     for tile in site.tiles():
@@ -300,15 +295,15 @@ def backward(
             bits = None if site.dropout is None else site.dropout.keep_bits(w.tile)
             if bits is not None:
                 _drop(d_weights, bits)
-            d_score = torch._softmax_backward_data(d_weights, w.weights, -1, site.dtype)
+            d_score, d_sink = w.score_gradient(d_weights, site.dtype)
             if w.dead is not None and program.dead_rows not in UNIFORM:
                 d_score.masked_fill_(w.dead, 0)
-            if w.sink is not None and sink_slopes:
-                d_sink = -w.sink * (w.weights * d_weights).sum(-1, keepdim=True)
-                d_sink = torch.where(w.sink == 0, 0, d_sink)[None]
-                for x, slope in sink_slopes:
-                    gradient = torch.where(d_sink == 0, 0, d_sink * w.values.tensor(slope))
-                    w.values.add_gradient(x, gradient, wanted[x.name])
+            if d_sink is not None and w.dead is not None:
+                d_sink = d_sink.masked_fill(w.dead, 0)
+            for x, slope in sink_slopes:
+                assert d_sink is not None
+                gradient = torch.where(d_sink == 0, 0, d_sink * w.values.tensor(slope))
+                w.values.add_gradient(x, gradient, wanted[x.name])
             if bits is not None:
                 _drop(w.weights, bits)
                 if w.dead is not None and program.dead_rows == "nan":

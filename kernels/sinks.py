@@ -26,7 +26,7 @@ Sizes = tuple[int, int, int, int]
 def logits(
     program: ScoreProgram, captures: Sequence[Tensor], ints: Sequence[int], sizes: Sizes, like: Tensor
 ) -> Tensor:
-    """The sink of every row, [B, H, Sq] in the dtype and on the device of ``like``; ``sizes`` as for a tile."""
+    """The sink of every row, [B, H, Sq] in the dtype and on the device of ``like``."""
     assert program.sink is not None
     value = evaluate(program.sink, _environment(program, captures, ints, sizes, like))
     found = torch.as_tensor(value, dtype=like.dtype, device=like.device)

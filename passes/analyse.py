@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from flashfuse.kernels.expr import KV, SKV, SQ, Expr, Q, S, const
 from flashfuse.kernels.spec import AttentionShape, DeadRows, Reason, ScoreProgram
 from flashfuse.passes import nodes
 from flashfuse.passes.lift import Lift
+
+if TYPE_CHECKING:
+    from flashfuse.passes.sinks import Sink
 
 SCORE = S.args[0]
 
@@ -115,9 +119,14 @@ def _split_where(condition: Expr, a: Expr, b: Expr, lowest: float) -> Masked | N
 
 
 def program(
-    score: Expr, dtype: torch.dtype, lift: Lift, shape: AttentionShape, safe: bool
+    score: Expr,
+    dtype: torch.dtype,
+    lift: Lift,
+    shape: AttentionShape,
+    safe: bool,
+    sink: Sink | None = None,
 ) -> ScoreProgram | Reason:
-    """The program of a lifted score.
+    """The program of a lifted score, and of a sink beside it.
 
     Args:
         dtype: that of the tensor handed to the softmax.
@@ -142,17 +151,33 @@ def program(
         return Reason("all_masked", "no key is ever allowed")
     mask = None if allowed == E.TRUE else allowed
     infinite: DeadRows = "zero" if safe else "nan"
-    if mask is None or _every_row_has_a_key(mask, lift, shape):
-        # A captured float mask can still hold −inf in a whole row.
-        return ScoreProgram(clean, mask, infinite if any(n.op == "load" for n in E.walk(clean)) else "none")
-    dead = "zero" if masked.fills == {-math.inf} and safe else _dead_rows(masked, _receivers(clean, lift))
+    # A captured float mask can hold −inf in a whole row.
+    loads = any(n.op == "load" for n in E.walk(clean))
+    has_keys = mask is None or _every_row_has_a_key(mask, lift, shape)
+    dead: DeadRows | Reason
+    if sink is not None and sink.may_be_nan and (loads or (-math.inf in masked.fills and not has_keys)):
+        return Reason(
+            "dead_rows_unclear",
+            "the scores are shifted by their own maximum, without the sink, so a row of −inf is NaN",
+            hint="take the maximum over the scores and the sink",
+        )
+    if sink is not None and sink.logit.is_const:
+        # Such a sink has the weight that no key has.
+        dead = "none"
+    elif has_keys:
+        dead = infinite if loads else "none"
+    elif masked.fills == {-math.inf} and safe:
+        dead = "zero"
+    else:
+        dead = _dead_rows(masked, _receivers(clean, lift))
+    logit = None if sink is None else sink.logit
     if isinstance(dead, Reason):
-        return _with_minima_as_numbers(score, dtype, masked, lift) or dead
-    return ScoreProgram(clean, mask, dead)
+        return _with_minima_as_numbers(score, dtype, masked, lift, logit) or dead
+    return ScoreProgram(clean, mask, dead, logit)
 
 
 def _with_minima_as_numbers(
-    score: Expr, dtype: torch.dtype, masked: Masked, lift: Lift
+    score: Expr, dtype: torch.dtype, masked: Masked, lift: Lift, sink: Expr | None
 ) -> ScoreProgram | None:
     """The program whose score holds the finite minima as they are, and no mask; ``None`` where it differs.
 
@@ -161,7 +186,7 @@ def _with_minima_as_numbers(
     """
     if dtype == torch.float16 or -math.inf in masked.fills:
         return None
-    return ScoreProgram(lift.simplify(score), None, "nan")
+    return ScoreProgram(lift.simplify(score), None, "nan", sink)
 
 
 def _receivers(score: Expr, lift: Lift) -> frozenset[str]:

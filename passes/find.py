@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from flashfuse.kernels import expr as E
-from flashfuse.kernels.expr import KV, B, H, Q, S, const
-from flashfuse.kernels.spec import AVERAGING, Reason
+from flashfuse.kernels.expr import KV, B, Expr, H, Q, S, const
+from flashfuse.kernels.spec import AVERAGING, Reason, differentiable_loads
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable, source_index
@@ -25,6 +25,7 @@ from flashfuse.passes.operands import Operand, copies, is_view
 from flashfuse.passes.products import Reading, Rows, readings, reads
 from flashfuse.passes.region import AttentionRegion, Frame, NearMiss, Refused, Weights, assemble, frames
 from flashfuse.passes.rules import SUMMED, contraction
+from flashfuse.passes.sinks import Sink, cut_column, without_shift
 from flashfuse.passes.softmax import softmax_above
 
 
@@ -135,7 +136,9 @@ class WeightedSum(Candidate):
             yield from frames(shape(self.node), q_at, d_at, self._kv_len())
 
     def _kv_len(self) -> Size:
-        return shape(self.found.input)[self.found.dim]
+        """Columns of the weights that meet v: one less than are normalised, where one is a sink."""
+        product = contraction(self.node, self.op, tuple(E.var(f"o{i}") for i in range(len(shape(self.node)))))
+        return shape(self.found.input)[self.found.dim] if product is None else product.length
 
     def _places(self) -> tuple[list[int], int]:
         """Which output dimensions can run over queries, and which one over the columns of v."""
@@ -176,8 +179,14 @@ class WeightedSum(Candidate):
         ]
         (weights, w_index), (v, v_index) = sides if self.side == "a" else sides[::-1]
         chain, index, dropout_p, dropped = self._follow(weights, w_index, lift)
-        if index[self.found.dim] != KV and not (
-            same(self._kv_len(), 1) and index[self.found.dim] == const(0)
+        total, cut = shape(self.found.input)[self.found.dim], None
+        if not same(product.length, total):
+            cut = cut_column(index[self.found.dim], product.length, total, lift)
+            if cut is None:
+                message = "some weights are cut off before the product with v"
+                raise Refused(Reason("weights_path", message, nodes.source(self.node)))
+        elif index[self.found.dim] != KV and not (
+            same(product.length, 1) and index[self.found.dim] == const(0)
         ):
             raise Refused(
                 Reason(
@@ -186,20 +195,19 @@ class WeightedSum(Candidate):
             )
         if any(E.contains(e, KV) for i, e in enumerate(index) if i != self.found.dim):
             raise Refused(Reason("softmax_axis", "the key index also appears outside the softmax axis"))
-        if not same(product.length, self._kv_len()):
-            raise Refused(
-                Reason(
-                    "weights_path",
-                    "some weights are cut off before the product with v",
-                    nodes.source(self.node),
-                )
-            )
+        beside = self._beside(cut, index)
+        # The weights that something else uses are computed without a sink.
+        handed = self._handed_out(chain, index, dropped, lift) if beside is None else {}
         region = _region(
             self, frame, self.found.input, index, Operand(v, v_index), chain, dropout_p, memory, live,
-            self.found.zero_dead_rows, self._handed_out(chain, index, dropped, lift),
+            self.found.zero_dead_rows, handed, beside,
         )  # fmt: skip
         # A stored mask can hold finite minima as well, of which nothing is known here.
-        may_average = region.program.dead_rows in AVERAGING or bool(region.program.differentiable)
+        may_average = region.program.dead_rows in AVERAGING or bool(
+            differentiable_loads(region.program.score)
+        )
+        if region.program.sink is not None and region.program.sink.is_const:
+            may_average = False
         if not self.found.shifted and may_average:
             message = "this softmax does not give the mean in a row of equal finite minima"
             hint = "subtract the row's maximum first, or use torch.softmax"
@@ -225,6 +233,15 @@ class WeightedSum(Candidate):
             if pair is not None and pair.name == "native_dropout":
                 handed[chain[at]] = None
         return handed
+
+    def _beside(self, cut: Expr | None, index: Index) -> tuple[fx.Node | float, Index] | None:
+        """What is summed beside the scores at ``index``: a column that is cut off, or a term of the sum."""
+        dim, sink = self.found.dim, self.found.sink
+        if cut is not None:
+            if sink is not None:
+                raise Refused(Reason("sink", "a column is cut off, and the sum has another term"))
+            return self.found.input, (*index[:dim], cut, *index[dim + 1 :])
+        return None if sink is None else (sink, (*index[:dim], const(0), *index[dim + 1 :]))
 
     def _follow(
         self, weights: fx.Node, index: Index, lift: Lift
@@ -265,6 +282,11 @@ class WeightedSum(Candidate):
                         if name in {"b", "h", "q", "kv"} - names
                     ):
                         raise Refused(Reason("dropout", "several weights share one draw of the dropout"))
+                    sizes = [n for e, n in zip(index, shape(op.input), strict=True) if E.contains(e, KV)]
+                    if not all(same(n, lift.bounds["kv"]) for n in sizes):
+                        message = "dropout draws for the sink's column too, before it is cut off"
+                        hint = "cut the column off before the dropout"
+                        raise Refused(Reason("dropout", message, nodes.source(node), hint))
                     dropout_p = float(p)
                     dropped = Weights(node if op.name == "dropout" else chain[-2], index, True)
                 node = op.input
@@ -392,7 +414,7 @@ class SdpaCall(Candidate):
 
 
 def _region(
-    candidate: Candidate,
+    candidate: WeightedSum,
     frame: Frame,
     scores: fx.Node,
     index: Index,
@@ -403,20 +425,39 @@ def _region(
     live: set[fx.Node],
     zero_dead_rows: bool,
     handed_out: Mapping[fx.Node, Weights | None],
+    beside: tuple[fx.Node | float, Index] | None,
 ) -> AttentionRegion:
-    """The region whose softmax normalises ``scores`` at ``index``."""
+    """The region whose softmax normalises ``scores`` at ``index``, and sums what is ``beside`` them."""
     refused: list[Refused] = []
     for reading in readings(frame.lift, scores, index):
         frame.lift = reading.lift
         try:
             _check_products(reading, frame, scores)
+            score, sink = _unshifted(candidate, reading, scores, beside)
             return assemble(
-                candidate.node, frame, reading.products, v, reading.score, _dtype(scores), chain, dropout_p,
-                memory, live, zero_dead_rows, handed_out,
+                candidate.node, frame, reading.products, v, score, _dtype(scores), chain, dropout_p,
+                memory, live, zero_dead_rows, handed_out, sink,
             )  # fmt: skip
         except Refused as refusal:
             refused.append(refusal)
     raise refused[-1]
+
+
+def _unshifted(
+    candidate: WeightedSum, reading: Reading, scores: fx.Node, beside: tuple[fx.Node | float, Index] | None
+) -> tuple[Expr, Sink | None]:
+    """Score and sink of a reading, without what both are shifted by."""
+    lift = reading.lift
+    lift.at_product = lambda product: None
+    try:
+        logit = None if beside is None else lift.operand(*beside)
+    except NotLiftable as stop:
+        raise Refused(Reason("sink", f"what is summed beside the scores: {stop}")) from None
+    total = shape(scores)[candidate.found.dim] if candidate.found.sink is None else None
+    unshifted = without_shift(reading.score, logit, total, lift)
+    if isinstance(unshifted, Reason):
+        raise Refused(unshifted)
+    return unshifted
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

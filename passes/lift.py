@@ -25,7 +25,7 @@ from flashfuse.passes import dialect, nodes
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable
 from flashfuse.passes.nodes import Size, same, shape, size_of
-from flashfuse.passes.rules import RULES, Product
+from flashfuse.passes.rules import RULES, Product, Row
 
 MAX_PROGRAM_NODES = 400
 """A score larger than this is better computed by the graph itself."""
@@ -66,6 +66,8 @@ class Lift:
     visited: dict[fx.Node, Expr] = field(default_factory=dict)
     leaves: dict[fx.Node, None] = field(default_factory=dict)
     stops: dict[fx.Node, str] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
+    """By the name of the load: reductions over the scores that were met."""
     indices: set[Expr] = field(default_factory=set)
     """Every index met on the way."""
     _memo: dict[tuple[fx.Node, Index], Expr] = field(default_factory=dict)
@@ -75,7 +77,7 @@ class Lift:
         scope = Scope(dict(self.scope.captures), dict(self.scope.ints), dict(self.scope.sizes))
         return Lift(
             scope, dict(self.bounds), self.at_product, self.opaque, dict(self.visited), dict(self.leaves),
-            dict(self.stops), set(self.indices),
+            dict(self.stops), dict(self.rows), set(self.indices),
         )  # fmt: skip
 
     # --- entry --------------------------------------------------------------------------------
@@ -111,6 +113,8 @@ class Lift:
         if op.name in _THROUGH or E.contains(e, E.S):
             return False
         loads = [n for n in E.walk(e) if n.op == "load"]
+        if any(n.args[0] in self.rows for n in loads):
+            return False
         chosen = e.args[0] if e.op == "where" and e.args[1].is_const and e.args[2].is_const else e
         if len(loads) == 1 and (chosen in loads or E.is_bool(chosen)):
             return False
@@ -123,6 +127,12 @@ class Lift:
         pinned = [const(0) if same(sizes[d], 1) else self.simplify(index[d]) for d in captured_dims(node)]
         # A program has no empty index; the rewrite makes such a tensor one of a single element.
         return E.load(self._name(node), pinned or [const(0)])
+
+    def row(self, row: Row, index: Index) -> Expr:
+        """The element of a reduction over the scores of a row."""
+        e = self._leaf(row.node, index)
+        self.rows[e.args[0]] = row
+        return e
 
     def _name(self, node: fx.Node) -> str:
         for name, known in self.scope.captures.items():
@@ -137,6 +147,7 @@ class Lift:
             *get_args(DeadRows),
             "s",
             "d",
+            "sink",
             "min",
             "max",
             "where",
@@ -220,7 +231,10 @@ class Lift:
     def _decided(self, e: Expr) -> Expr:
         if e.op not in E.COMPARISONS or E.is_bool(e.args[0]) or E.is_bool(e.args[1]):
             return e
-        low, high = self.interval(E.sub(e.args[0], e.args[1]))
+        difference = E.sub(e.args[0], e.args[1])
+        low, high = self.interval(difference)
+        if high is None:
+            high = self.interval(self._at_most(difference))[1]
         holds = {"<=": (high, 0), "<": (high, -1), ">=": (0, low), ">": (1, low)}.get(e.op)
         fails = {"<=": (1, low), "<": (0, low), ">=": (high, -1), ">": (high, 0)}.get(e.op)
         if holds and None not in holds and holds[0] <= holds[1]:  # type: ignore[operator]
@@ -228,6 +242,18 @@ class Lift:
         if fails and None not in fails and fails[0] <= fails[1]:  # type: ignore[operator]
             return E.FALSE
         return e
+
+    def _at_most(self, e: Expr) -> Expr:
+        """A sum that is nowhere below ``e``: variables at their largest value, where that is a symbol."""
+
+        def largest(term: Expr) -> Expr:
+            variable, factor = term.args if term.op == "*" else (term, E.ONE)
+            bound = self.bounds.get(variable.args[0]) if variable.op == "var" else None
+            if bound is None or isinstance(bound, int) or not factor.is_const or factor.value < 0:
+                return term
+            return E.mul(E.sub(self.size(bound), E.ONE), factor)
+
+        return E.add(*map(largest, e.operands)) if e.op == "+" else largest(e)
 
     def interval(self, e: Expr) -> tuple[int | None, int | None]:
         """Inclusive bounds of an integral expression; ``None`` = unknown on that side."""

@@ -19,6 +19,7 @@ from flashfuse.passes.nodes import Memory, Size, same, shape
 from flashfuse.passes.operands import Operand, folded_heads_of, source
 from flashfuse.passes.products import Rows
 from flashfuse.passes.rules import SUMMED
+from flashfuse.passes.sinks import Sink, reductions
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,14 @@ def assemble(
     live: set[fx.Node],
     zero_dead_rows: bool,
     handed_out: Mapping[fx.Node, Weights | None] | None = None,
+    sink: Sink | None = None,
 ) -> AttentionRegion:
     """The site that ends in ``node``; ``handed_out`` says what stands for weights used elsewhere."""
     lift = frame.lift
     columns = lift.bounds["d"]
     chain_nodes = dict.fromkeys(chain)
-    interior = dict.fromkeys(n for n, e in lift.visited.items() if E.contains(e, S)) | chain_nodes
+    interior = dict.fromkeys(n for n, e in lift.visited.items() if _depends(e, lift)) | chain_nodes
+    interior |= reductions(lift)
     interior |= dict.fromkeys(u for n in interior for u in n.users if u.target in _ASSERTIONS)
     masks = dict.fromkeys(n for n in lift.visited if n not in interior)
     inside = {*interior, node}
@@ -194,7 +197,7 @@ def assemble(
     shape_ = _shape(frame, rows, v, node)
     if not score_dtype.is_floating_point:
         raise Refused(Reason("dtype", f"the scores are {str(score_dtype).removeprefix('torch.')}"))
-    program = analyse.program(score, score_dtype, lift, shape_, zero_dead_rows)
+    program = analyse.program(score, score_dtype, lift, shape_, zero_dead_rows, sink)
     if isinstance(program, Reason):
         raise Refused(program)
     operands = [o.node for o in (q, k, v, *(o for pair in rows for o in pair))]
@@ -226,6 +229,11 @@ def assemble(
         node.name, node, tuple(frame.out_index), q, k, v, shape_, program, lift.scope, dropout_p,
         tuple(interior), tuple(masks), notes, nodes.source(node), tuple(rows[1:]), weights,
     )  # fmt: skip
+
+
+def _depends(e: Expr, lift: Lift) -> bool:
+    """Whether the scores, or a reduction over them, are in ``e``."""
+    return any(n == S or (n.op == "load" and n.args[0] in lift.rows) for n in E.walk(e))
 
 
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)

@@ -5,6 +5,7 @@ Every rule answers for ``node[index]``, asking the lift for the elements of the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,18 @@ from flashfuse.passes.nodes import Size, same, shape, size_of
 
 if TYPE_CHECKING:
     from flashfuse.passes.lift import Lift
+
+
+@dataclass(frozen=True)
+class Row:
+    """A maximum over ``length`` numbers of a row of scores: one number for all keys.
+
+    ``through``: the nodes between the scores and ``node``, which is the last of them.
+    """
+
+    node: fx.Node
+    length: Size
+    through: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,9 @@ def _index_only(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
 @_rule("detach")
 def _detach(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     e = lift.element(op.input, index)
+    if e.op == "load" and e.args[0] in lift.rows:
+        # Not the same as the row itself: their gradients do not cancel each other.
+        return lift.row(dataclasses.replace(lift.rows[e.args[0]], node=node), index)
     if _is_float(node) and any(n.op == "load" or n == E.S for n in E.walk(e)):
         raise NotLiftable("detach of a tensor that may need a gradient")
     return e
@@ -87,6 +103,9 @@ def _is_float(node: fx.Node) -> bool:
 def _indexed(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     source = op.input
     if isinstance(source, fx.Node) and isinstance(nodes.value(source), (tuple, list)):
+        pair = dialect.read(source)
+        if pair is not None and pair.name == "max" and op.args["index"] == 0:
+            return _of_row(lift, node, pair, index)
         return lift.element(*piece(lift, source, op.args["index"], index))
     if op.name == "getitem":
         moved = source_index(lift, node, op, index)
@@ -148,6 +167,11 @@ def _cat(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     starts: list[Expr] = [const(0)]
     for t in tensors[:-1]:
         starts.append(E.add(starts[-1], lift.size(shape(t)[d])))
+    for t, start in zip(tensors, starts, strict=True):
+        # Read inside of one part only, that part may be stored.
+        bounds = (E.compare(">=", index[d], start), E.compare("<", index[d], _end(start, lift, t, d)))
+        if all(lift.simplify(bound) == E.TRUE for bound in bounds):
+            return lift.element(t, (*index[:d], lift.simplify(E.sub(index[d], start)), *index[d + 1 :]))
     result: Expr | None = None
     for t, start in reversed(list(zip(tensors, starts, strict=True))):
         part = lift.element(t, (*index[:d], E.sub(index[d], start), *index[d + 1 :]))
@@ -174,10 +198,15 @@ def _pad(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
         inside = E.logical_and(
             inside, E.compare(">=", moved[d], const(0)), E.compare("<", moved[d], lift.size(sizes[d]))
         )
-    e = lift.element(op.input, tuple(moved))
+    fill = lift.number(op.get("value", 0))
+    inside = lift.simplify(inside)
+    if inside == E.FALSE:
+        return fill
+    e = lift.element(op.input, tuple(map(lift.simplify, moved)))
+    if inside == E.TRUE:
+        return e
     if any(n.op == "load" for n in E.walk(e)):
         raise NotLiftable("a padded stored tensor")
-    fill = lift.number(op.get("value", 0))
     return lift.simplify(E.where(inside, e, E.truth(fill) if E.is_bool(e) else fill))
 
 
@@ -275,7 +304,30 @@ def _max(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     other = op.args.get("dim")
     if isinstance(other, fx.Node) and isinstance(nodes.value(other), torch.Tensor):
         return E.maximum(lift.operand(op.input, index), lift.operand(other, index))
-    raise NotLiftable("a maximum over a dimension")
+    return _of_row(lift, node, op, index)
+
+
+@_rule("amax", "logsumexp")
+def _of_row(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    """The maximum of a row of scores stays a number of its own: a softmax may be shifted by it."""
+    dims = op.args.get("dim")
+    dim = dims[0] if isinstance(dims, (list, tuple)) and len(dims) == 1 else dims
+    source, through = op.input, [node]
+    if op.name == "max":
+        through += node.all_input_nodes
+    while isinstance(source, fx.Node) and (above := dialect.read(source)) and above.name == "detach":
+        # What is taken off has no part in the gradient, nor need it have one.
+        through.append(source)
+        source = above.input
+    if not isinstance(dim, int) or nodes.tensor(source) is None:
+        raise NotLiftable("a maximum over a dimension")
+    d = dimension(dim, len(shape(source)))
+    beside = index[d + 1 :] if op.get("keepdim", False) else index[d:]
+    if any(E.contains(e, E.KV) for e in (*index[:d], *beside)):
+        raise NotLiftable("a maximum over a dimension")
+    if not E.contains(lift.element(source, (*index[:d], E.KV, *beside)), E.S):
+        raise NotLiftable("a maximum over a dimension")
+    return lift.row(Row(node, shape(source)[d], tuple(through)), index)
 
 
 @_rule("le", "lt", "ge", "gt", "eq", "ne")

@@ -22,6 +22,9 @@ from flashfuse.passes.nodes import same, shape
 class Softmax:
     """What is normalised, and along which dimension.
 
+    ``sink``: the logit of a term that is added to the sum: a number or a tensor that has one element
+    for each row.
+
     ``shifted``: the exponential is taken of differences to the largest score, so that a row of equal
     finite minima has equal weights.  ``exp(x) / sum(exp(x))`` gives NaN there, ``exp(x - logsumexp(x))``
     weights of 1.
@@ -33,6 +36,7 @@ class Softmax:
     parts: tuple[fx.Node, ...]
     zero_dead_rows: bool = False
     shifted: bool = True
+    sink: fx.Node | float | None = None
 
 
 def read_softmax(node: fx.Node) -> Softmax | None:
@@ -122,7 +126,7 @@ def _decomposed(node: fx.Node, op: Op) -> Softmax | None:
         return None
     total = _row_reduction(op.args["other"], ("sum",), numerator)
     if total is None:
-        return None
+        return _with_a_term(node, op.args["other"], numerator, exponential.input)
     dim, summing = total
     parts = (node, *summing, numerator)
     # Below the maximum of all rows, those of one row can all vanish.
@@ -158,6 +162,34 @@ def _without_shift(x: fx.Node, dim: int, by_row: bool = False) -> tuple[fx.Node,
         else:
             return x, tuple(passed)
         node = above
+
+
+def _with_a_term(node: fx.Node, total: Any, numerator: fx.Node, x: fx.Node) -> Softmax | None:
+    """``exp(x) / (sum(exp(x)) + exp(sink))``, where ``exp(sink)`` may be a number."""
+    add = dialect.read(total) if isinstance(total, fx.Node) else None
+    if add is None or add.name != "add" or add.mutates or add.get("alpha", 1) != 1:
+        return None
+    for summed, term in ((add.input, add.args["other"]), (add.args["other"], add.input)):
+        found = _row_reduction(summed, ("sum",), numerator)
+        if found is None:
+            continue
+        dim, summing = found
+        value = nodes.constant(term)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not 0 < value < math.inf:
+                return None
+            parts = (node, total, *summing, numerator)
+            return Softmax(node, x, dim, parts, shifted=False, sink=math.log(value))
+        exponential = dialect.read(term) if isinstance(term, fx.Node) else None
+        if exponential is None or exponential.name != "exp" or nodes.tensor(term) is None:
+            return None
+        sizes, rank = shape(term), len(shape(x))
+        at = dim - rank + len(sizes)
+        if exponential.mutates or (at >= 0 and not same(sizes[at], 1)) or len(sizes) > rank:
+            return None
+        parts = (node, total, *summing, numerator, term)
+        return Softmax(node, x, dim, parts, shifted=False, sink=exponential.input)
+    return None
 
 
 def _row_reduction(node: Any, names: tuple[str, ...], x: Any) -> tuple[int, tuple[fx.Node, ...]] | None:

@@ -239,7 +239,8 @@ class _Comparison:
             via = {name: bits_of(example.dtype)}
             drawn = self.draw.random(own)
             program = self.region.program
-            if self.rows == "masked" and program.mask is None and name in _added(program):
+            infinite = name in _sinks(program) or (program.mask is None and name in _added(program))
+            if self.rows == "masked" and infinite:
                 drawn = drawn.where(self.conditions(own), -math.inf)
             made = FieldTensor.of(_laid_out(drawn, example), example.dtype, via)
             return made.requires_grad_().expand(shape) if any(expanded) else made.requires_grad_()
@@ -353,9 +354,17 @@ def _added(program: ScoreProgram) -> tuple[str, ...]:
     return tuple(t.args[0] for t in terms if t.op == "load")
 
 
+def _sinks(program: ScoreProgram) -> tuple[str, ...]:
+    """The captured real that is the sink, where it may be −∞ without more being assumed."""
+    sink = program.sink
+    if sink is None or sink.op != "load" or program.dead_rows == "zero":
+        return ()
+    return (sink.args[0],)
+
+
 def _is_position(program: ScoreProgram, name: str) -> bool:
     """Whether a captured integer is compared with something or used as an index."""
-    parents = [n for e in (program.score, program.mask) if e is not None for n in E.walk(e)]
+    parents = [n for e in program.parts for n in E.walk(e)]
     parents = [n for n in parents if n.op in E.COMPARISONS or n.op in ("load", "+", "*", "//", "%")]
     return any(child.op == "load" and child.args[0] == name for n in parents for child in n.operands)
 
@@ -371,6 +380,12 @@ def _certificate(
     described, smaller = _sizes(region, sizes)
     assumptions = _absorbed(draws)
     assumptions += [f"`{name}` is finite" for name in _added(program) if program.mask is not None]
+    if (
+        program.sink is not None
+        and not program.sink.is_const
+        and any(math.isfinite(c) for d in draws for c in d.masks)
+    ):
+        assumptions.append("the sink is far above what masks a score")
     if _real_positions(program) and smaller:
         assumptions.append("conditions on real functions of positions hold beyond the smaller sizes too")
     if any(c.not_compared for c in done):
@@ -396,7 +411,7 @@ def _certificate(
 
 def _real_positions(program: ScoreProgram) -> bool:
     """Whether a condition compares real numbers made of positions, such as ``(kv - q)*0.1 < 3.2``."""
-    everything = [n for e in (program.score, program.mask) if e is not None for n in E.walk(e)]
+    everything = [n for e in program.parts for n in E.walk(e)]
     sides = [a for n in everything if n.op in E.COMPARISONS for a in n.operands if not E.is_integral(a)]
     return any(_places(a) for a in sides)
 

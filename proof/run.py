@@ -204,7 +204,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: FieldTensor) -> tuple[Any, ...]:  # type: ignore[override]
-        *grads, _ = ctx.site.backward(do.value, ctx.out, ctx.m, ctx.l)
+        grads = ctx.site.backward(do.value, ctx.out, ctx.m, ctx.l)
         made = [
             FieldTensor.of(g, dtype, {}) if wanted and g is not None else None
             for g, wanted, dtype in zip(grads, ctx.wanted, ctx.dtypes, strict=True)

@@ -118,7 +118,8 @@ class Shrink:
     def program(self, program: ScoreProgram) -> ScoreProgram:
         """The same program over the smaller indices."""
         mask = None if program.mask is None else self._indices(program.mask)
-        return ScoreProgram(self._indices(program.score), mask, program.dead_rows)
+        sink = None if program.sink is None else self._indices(program.sink)
+        return ScoreProgram(self._indices(program.score), mask, program.dead_rows, sink)
 
     def _indices(self, e: Expr, inside: bool = False) -> Expr:
         """``e`` with the constants of its index arithmetic replaced."""
@@ -227,8 +228,8 @@ def _integers(x: Any) -> Iterator[int]:
 
 def _constants(program: ScoreProgram) -> Iterator[int]:
     """The integers of the program; those that are no positions do no harm."""
-    for e in (program.score, program.mask):
-        for n in E.walk(e) if e is not None else ():
+    for e in program.parts:
+        for n in E.walk(e):
             if n.is_const and type(n.value) is int:
                 yield abs(n.value)
 

@@ -46,7 +46,6 @@ class Tiled:
         captures, ints: in the order of ``program.captures`` and ``program.ints``.
         states: which blocks are empty, partial or full; ``None`` where there is no mask.
         blocks: rows and columns of a block.
-        sinks: [H], a logit for each head that only the sum sees.
         dtype: in which the kernels compute scores.
     """
 
@@ -60,7 +59,6 @@ class Tiled:
     states: Tensor | None = None
     dropout_p: float = 0.0
     keep: Tensor | None = None
-    sinks: Value | None = None
     dtype: torch.dtype = torch.float32
 
     # --- what both directions need --------------------------------------------------------------
@@ -130,6 +128,14 @@ class Tiled:
     def masked(self, x: Value, allowed: Tensor) -> Value:
         return x if bool(allowed.all()) else x.where(allowed, -math.inf)
 
+    def sink(self, rows: Block) -> Value:
+        """The logit [B, H, rows, 1] that only the sum sees."""
+        assert self.program.sink is not None
+        found = evaluate(self.program.sink, self.environment(rows, slice(0, 1)), self.draw, self.dtype)
+        return self.draw.value(found).map(
+            lambda t: t.expand(*self.sizes[:2], rows.stop - rows.start, 1).clone()
+        )
+
     def mask(self, rows: Block, columns: Block) -> Tensor:
         assert self.program.mask is not None
         return truth(evaluate(self.program.mask, self.environment(rows, columns), self.draw, self.dtype))
@@ -147,7 +153,7 @@ class Tiled:
     # --- forward --------------------------------------------------------------------------------
 
     def forward(self) -> tuple[Value, Value, Value]:
-        """(out, m, l); l is 0 in a row without a key."""
+        """(out, m, l); l is 0 in a row without a key, nor a sink."""
         parts = [self.forward_rows(rows) for rows in self.tiles(self.sizes[2], self.blocks[0])]
         out, m, l = (_concatenated(x) for x in zip(*parts, strict=True))
         return self.dead_rows_out(out, l), m, l
@@ -155,7 +161,7 @@ class Tiled:
     def forward_rows(self, rows: Block) -> tuple[Value, Value, Value]:
         b, h, _, kv_len = self.sizes
         lead = (b, h, rows.stop - rows.start)
-        m, l = self.start(lead)
+        m, l = self.start(lead, rows)
         acc = self.zeros((*lead, self.v.shape[-1]))
         for columns in self.tiles(kv_len, self.blocks[1]):
             allowed = self.allowed(rows, columns)
@@ -177,12 +183,14 @@ class Tiled:
         """l and acc with one more tile."""
         return l * rescale + weights.sum((-1,), True), acc * rescale + kept @ v
 
-    def start(self, lead: tuple[int, ...]) -> tuple[Value, Value]:
+    def start(self, lead: tuple[int, ...], rows: Block) -> tuple[Value, Value]:
         """m and l before the first key: −∞ and 0, or the sink's."""
         zero = self.zeros((*lead, 1))
-        if self.sinks is None:
+        if self.program.sink is None:
             return zero.where(torch.zeros((), dtype=torch.bool), -math.inf), zero
-        return self.sinks.map(lambda t: t[:, None, None].expand(*lead, 1)), zero + 1
+        sink = self.sink(rows)
+        absent = _is_absent(sink)
+        return sink, zero.where(absent, 1)
 
     def zeros(self, sizes: Sequence[int]) -> Value:
         zero = torch.zeros(tuple(sizes), dtype=torch.int64)
@@ -218,7 +226,7 @@ class Tiled:
     # --- backward -------------------------------------------------------------------------------
 
     def backward(self, do: Value, out: Value, m: Value, l: Value) -> list[Value | None]:
-        """[dq, dk, dv, a gradient for each capture (``None`` for integers), that of the sinks last]."""
+        """[dq, dk, dv, a gradient for each capture (``None`` for integers)]."""
         dead = l.p == 0
         delta = self.delta(do, out)
         if delta.level is not None:
@@ -247,8 +255,9 @@ class Tiled:
         if self.program.dead_rows == "nan" and bool(dead.any()):
             any_dead = self.of_key_heads(self.draw.value(dead.long()).sum((2,), True)).p != 0
             dv = dv.where(~any_dead, math.nan)
-        grads = [dcaptures.get(name) for name in self.program.captures]
-        return [dq, dk, dv, *grads, None if self.sinks is None else self.sink_gradient(delta, m, l)]
+        if self.program.sink is not None:
+            self.add_sink_gradients(dcaptures, delta, m, l, dead)
+        return [dq, dk, dv, *(dcaptures.get(name) for name in self.program.captures)]
 
     def delta(self, do: Value, out: Value) -> Value:
         return (do * out).sum((-1,), True)
@@ -284,18 +293,33 @@ class Tiled:
     def add_capture_gradients(self, totals: dict[str, Value], dx: Value, env: dict[str, Any]) -> None:
         """d capture += Σ dX · d score / d load, at the place that was loaded."""
         for load in {n for n in E.walk(self.program.score) if n.op == "load" and n.args[0] in totals}:
-            name = load.args[0]
-            grad = dx * self.evaluated(derivative(self.program.score, load), env)
-            places = [torch.as_tensor(evaluate(i, env, self.draw, self.dtype)) for i in load.operands]
-            at = torch.broadcast_tensors(*places, grad.p)[:-1]
-            total = totals[name]
-            added = total.p.index_put(at, grad.p, accumulate=True) % self.draw.p
-            totals[name] = Value(self.draw, added)
+            self.scatter(totals, load, dx * self.evaluated(derivative(self.program.score, load), env), env)
 
-    def sink_gradient(self, delta: Value, m: Value, l: Value) -> Value:
-        assert self.sinks is not None
-        sinks = self.sinks.map(lambda t: t[:, None, None].expand(*self.sizes[:3], 1))
-        return -(self.weights(sinks, m) / l * delta).sum((0, 2, 3))
+    def scatter(self, totals: dict[str, Value], load: Expr, grad: Value, env: dict[str, Any]) -> None:
+        """``grad`` of every use of ``load``, added where it was loaded."""
+        name = load.args[0]
+        places = [torch.as_tensor(evaluate(i, env, self.draw, self.dtype)) for i in load.operands]
+        at = torch.broadcast_tensors(*places, grad.p)[:-1]
+        total = totals[name]
+        added = total.p.index_put(at, grad.p, accumulate=True) % self.draw.p
+        totals[name] = Value(self.draw, added)
+
+    def add_sink_gradients(
+        self, totals: dict[str, Value], delta: Value, m: Value, l: Value, dead: Tensor
+    ) -> None:
+        """d capture −= Σ P_sink · delta · d sink / d load."""
+        assert self.program.sink is not None
+        rows = slice(0, self.sizes[2])
+        env = self.environment(rows, slice(0, 1))
+        weight = (self.weights(self.sink(rows), m) / l.where(~dead, 1)).where(~dead, 0)
+        for load in {n for n in E.walk(self.program.sink) if n.op == "load" and n.args[0] in totals}:
+            slope = self.draw.value(evaluate(derivative(self.program.sink, load), env, self.draw, self.dtype))
+            self.scatter(totals, load, -(weight * delta * slope), env)
+
+
+def _is_absent(sink: Value) -> Tensor:
+    """Where a sink is −∞, which is none."""
+    return torch.zeros((), dtype=torch.bool) if sink.level is None else sink.level == -math.inf
 
 
 def _transposed(x: Value) -> Value:
@@ -326,10 +350,10 @@ def weights_by_definition(site: Tiled) -> Value:
     x = site.evaluated(site.program.score, env)
     if site.program.mask is not None:
         x = x.where(site.mask(*everything), -math.inf)
-    if site.sinks is not None:
-        x = _with_sinks(x, site.sinks)
+    if site.program.sink is not None:
+        x = _with_sink(x, site.sink(everything[0]))
     weights = x.softmax(-1, dead_rows_are_zero=True)
-    if site.sinks is not None:
+    if site.program.sink is not None:
         weights = weights.map(lambda t: t[..., :-1])
     level = torch.zeros(()) if x.level is None else x.level.expand(x.shape)
     dead = (level == -math.inf).expand(x.shape).all(-1, keepdim=True)
@@ -338,10 +362,10 @@ def weights_by_definition(site: Tiled) -> Value:
     return weights.where(~dead, math.nan) if site.program.dead_rows == "nan" else weights
 
 
-def _with_sinks(x: Value, sinks: Value) -> Value:
-    column = sinks.map(lambda t: t[:, None, None].expand(*x.shape[:-1], 1))
+def _with_sink(x: Value, column: Value) -> Value:
     assert x.q is not None and column.q is not None
     level = None
-    if x.level is not None:
-        level = torch.cat([x.level.expand(x.shape), torch.zeros(column.shape).double()], -1)
+    if x.level is not None or column.level is not None:
+        parts = [torch.zeros(v.shape).double() if v.level is None else v.level for v in (x, column)]
+        level = torch.cat([t.expand(v.shape) for t, v in zip(parts, (x, column), strict=True)], -1)
     return Value(x.draw, torch.cat([x.p, column.p], -1), torch.cat([x.q, column.q], -1), level)

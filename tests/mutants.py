@@ -6,6 +6,7 @@ A mutant is a change to the program's text, to the emitted nodes, or to the mode
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -112,6 +113,16 @@ def window(q, k, v):
 @program(lambda: (*qkv(), randn(1, H, SQ, SKV)))
 def bias(q, k, v, bias):
     return softmax(q @ k.transpose(-1, -2) + bias) @ v
+
+
+@program(lambda: (*qkv(kv_len=SQ), some(B, SQ), randn(H)))
+def sink(q, k, v, pad, sinks):
+    scores = q @ k.transpose(-1, -2) * 0.4
+    scores = scores.masked_fill(~pad[:, None, None, :], torch.finfo(scores.dtype).min)
+    sinks = sinks.reshape(1, -1, 1, 1).expand(B, -1, SQ, -1)
+    combined = torch.cat([scores, sinks], dim=-1)
+    combined = combined - combined.max(dim=-1, keepdim=True).values
+    return softmax(combined)[..., :-1] @ v
 
 
 @program(lambda: (*qkv(), randn(H)))
@@ -253,16 +264,23 @@ def mutants(base: Base) -> list[Mutant]:
 
 
 def of_program(p: ScoreProgram) -> Iterator[Mutant]:
+    def mutant(name: str, **change: Any) -> Mutant:
+        return Mutant(name, dataclasses.replace(p, **change))
+
     for name, score in changed(p.score, of_reals, "score"):
-        yield Mutant(name, ScoreProgram(score, p.mask, p.dead_rows))
+        yield mutant(name, score=score)
     if p.mask is not None:
-        yield Mutant("mask lost", ScoreProgram(p.score, None, p.dead_rows))
-        yield Mutant("mask inverted", ScoreProgram(p.score, E.logical_not(p.mask), p.dead_rows))
+        yield mutant("mask lost", mask=None)
+        yield mutant("mask inverted", mask=E.logical_not(p.mask))
         for name, mask in changed(p.mask, of_conditions, "mask"):
-            yield Mutant(name, ScoreProgram(p.score, E.truth(mask), p.dead_rows))
+            yield mutant(name, mask=E.truth(mask))
+    if p.sink is not None:
+        yield mutant("sink lost", sink=None)
+        for name, sink in changed(p.sink, of_reals, "sink"):
+            yield mutant(name, sink=sink)
     for rule in ("none", "uniform", "uniform_s", "mean", "nan", "zero"):
         if rule != p.dead_rows:
-            yield Mutant(f"dead rows {rule}", ScoreProgram(p.score, p.mask, rule))
+            yield mutant(f"dead rows {rule}", dead_rows=rule)
 
 
 def changed(e: Expr, change: Callable[[Expr], Iterator[tuple[str, Expr]]], part: str) -> Iterator[Any]:
@@ -615,3 +633,26 @@ class _(Tiled):
     def allowed(self, rows, columns):
         is_last = columns.start > 0 and columns.stop == self.sizes[3]
         return None if is_last else super().allowed(rows, columns)
+
+
+def has_sink(base: Base) -> bool:
+    return base.program.sink is not None
+
+
+@wrong("the sink left out of the sum", has_sink)
+class _(Tiled):
+    def start(self, lead, rows):
+        m, l = super().start(lead, rows)
+        return m, l * 0
+
+
+@wrong("the gradient of the sink missing", has_sink)
+class _(Tiled):
+    def add_sink_gradients(self, totals, delta, m, l, dead):
+        super().add_sink_gradients(totals, delta * 0, m, l, dead)
+
+
+@wrong("the weight of the sink not normalised", has_sink)
+class _(Tiled):
+    def add_sink_gradients(self, totals, delta, m, l, dead):
+        super().add_sink_gradients(totals, delta, m, l * 0 + 1, dead)

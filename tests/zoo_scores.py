@@ -235,8 +235,8 @@ def sum_over_queries(q, k, v):
     return (e / e.sum(-2, keepdim=True)) @ v
 
 
-@left("softmax")
-def sum_plus_epsilon(q, k, v):
+@fused("softmax", "s*0.25 sink 0.0")
+def sum_plus_one(q, k, v):
     e = torch.exp(q @ k.transpose(-2, -1) * SCALE)
     return (e / (e.sum(-1, keepdim=True) + 1.0)) @ v
 

@@ -34,8 +34,8 @@ PROGRAMS = (
 def site(
     text: str, draw: Draw, q_len: int, kv_len: int, blocks: tuple[int, int], p: float, sinks: bool
 ) -> Tiled:
-    program = ScoreProgram.parse(text)
-    sizes = {"t": (H,), "r": (H, 32), "x": (B, H, q_len, kv_len)}
+    program = ScoreProgram.parse(f"{text} sink z[h]*2 + z[0]" if sinks else text)
+    sizes = {"t": (H,), "z": (H,), "r": (H, 32), "x": (B, H, q_len, kv_len)}
     pad = torch.rand((B, kv_len), generator=draw.inputs) < 0.5
     captures: list[Value | Tensor] = [draw.random(sizes[n]) if n in sizes else pad for n in program.captures]
     states = None
@@ -46,15 +46,14 @@ def site(
     keep = torch.rand((B, H, q_len, kv_len), generator=draw.inputs) >= p if p else None
     q, k = draw.random((B, H, q_len, D)), draw.random((B, G, kv_len, D))
     v = draw.random((B, G, kv_len, DV))
-    sink = draw.random((H,)) if sinks else None
-    return Tiled(q, k, v, captures, (), program, blocks, states, p, keep, sink)
+    return Tiled(q, k, v, captures, (), program, blocks, states, p, keep)
 
 
 def by_definition(s: Tiled, do: Value) -> list[Value | None]:
     """The output, and the gradients that PyTorch finds for it."""
     leaves = {
         name: FieldTensor.of(Value(x.draw, x.p.clone(), x.q.clone()), torch.float32, {}).requires_grad_()
-        for name, x in (("q", s.q), ("k", s.k), ("v", s.v), *s.float_captures.items(), ("sinks", s.sinks))
+        for name, x in (("q", s.q), ("k", s.k), ("v", s.v), *s.float_captures.items())
         if x is not None and x.q is not None
     }
     out = definition(s, leaves)
@@ -76,8 +75,9 @@ def definition(s: Tiled, leaves: dict[str, Tensor]) -> Tensor:
         allowed = (torch.as_tensor(evaluate(s.program.mask, env)) != 0).expand(s.sizes)
     dead = ~allowed.any(-1, keepdim=True)
     masked = x.masked_fill(~allowed, -torch.inf)
-    if "sinks" in leaves:
-        masked = torch.cat([masked, leaves["sinks"][:, None, None].expand(*s.sizes[:3], 1)], -1)
+    if s.program.sink is not None:
+        column = torch.as_tensor(evaluate(s.program.sink, env)).expand(*s.sizes[:3], 1)
+        masked = torch.cat([masked, column], -1)
     weights = torch.ops.aten._safe_softmax(masked, -1)[..., : s.sizes[3]]
     if s.program.dead_rows in ("uniform", "uniform_s"):
         if s.program.dead_rows == "uniform_s":
@@ -120,14 +120,14 @@ def test_sinks(text, p):
 
 
 class SinkForgotten(Tiled):
-    def start(self, lead):
-        m, l = super().start(lead)
+    def start(self, lead, rows):
+        m, l = super().start(lead, rows)
         return m, l * 0
 
 
 class SinkWithoutItsPartOfDelta(Tiled):
-    def sink_gradient(self, delta, m, l):
-        return super().sink_gradient(delta * 0, m, l)
+    def add_sink_gradients(self, totals, delta, m, l, dead):
+        super().add_sink_gradients(totals, delta * 0, m, l, dead)
 
 
 @pytest.mark.parametrize("wrong", [SinkForgotten, SinkWithoutItsPartOfDelta])
