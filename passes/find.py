@@ -180,7 +180,8 @@ class WeightedSum(Candidate):
         (weights, w_index), (v, v_index) = sides if self.side == "a" else sides[::-1]
         chain, index, dropout_p, dropped = self._follow(weights, w_index, lift)
         total, cut = shape(self.found.input)[self.found.dim], None
-        if not same(product.length, total):
+        along = E.contains(index[self.found.dim], KV) or same(product.length, 1)
+        if along and not same(product.length, total):
             cut = cut_column(index[self.found.dim], product.length, total, lift)
             if cut is None:
                 message = "some weights are cut off before the product with v"

@@ -239,9 +239,11 @@ class _Comparison:
             via = {name: bits_of(example.dtype)}
             drawn = self.draw.random(own)
             program = self.region.program
-            infinite = name in _sinks(program) or (program.mask is None and name in _added(program))
-            if self.rows == "masked" and infinite:
+            if self.rows == "masked" and program.mask is None and name in _added(program):
                 drawn = drawn.where(self.conditions(own), -math.inf)
+            if self.rows == "mixed" and name in _sinks(program):
+                # Every other sink is none, so that rows without a key are dead there.
+                drawn = drawn.where((torch.arange(math.prod(own)) % 2 == 0).view(own), -math.inf)
             made = FieldTensor.of(_laid_out(drawn, example), example.dtype, via)
             return made.requires_grad_().expand(shape) if any(expanded) else made.requires_grad_()
         if example.dtype == torch.bool:
