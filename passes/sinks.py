@@ -65,7 +65,7 @@ def without_shift(
         return score, None
     sink, beside = _split_shift(lift.simplify(sink), lift)
     if E.contains(sink, KV) or any(_is_of_scores(n, lift) for n in E.walk(sink)):
-        return Reason("sink", "the column that is cut off before the product with v depends on the scores")
+        return Reason("weights_path", "what is cut off before the product with v depends on the scores")
     if shifts != beside:
         return Reason("sink", "the scores are shifted by something that the sink is not shifted by")
     if sink.is_const and sink.value == -math.inf:

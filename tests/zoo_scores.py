@@ -534,7 +534,7 @@ def weights_sliced(q, k, v):
     return softmax(q @ k.transpose(-2, -1) * SCALE)[..., :-1] @ v[..., 1:, :]
 
 
-@left("weights", "weights_path", inputs=lambda: (*qkv(), randn(1, H, 1, 1)))
+@fused("weights", "s*0.25 sink sink[0, h, 0, 0]", inputs=lambda: (*qkv(), randn(1, H, 1, 1)))
 def weights_beside_a_sink(q, k, v, sink):
     scores = torch.cat([q @ k.transpose(-2, -1) * SCALE, sink.expand(B, H, S, 1)], -1)
     return softmax(scores)[..., :-1] @ v

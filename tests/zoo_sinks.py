@@ -110,12 +110,12 @@ def another_column_than_the_sink_cut_off(q, k, v, sinks):
     return softmax(torch.cat([of(q, k), column(sinks)], -1))[..., 1:] @ v
 
 
-@left("sinks", "sink")
+@left("sinks", "weights_path")
 def a_key_cut_off(q, k, v):
     return softmax(of(q, k))[..., :-1] @ v[..., :-1, :]
 
 
-@left("sinks", "sink")
+@left("sinks", "weights_path")
 def a_sink_of_the_scores(q, k, v):
     scores = of(q, k)
     return softmax(torch.cat([scores, scores.amax(-1, keepdim=True)], -1))[..., :-1] @ v
@@ -138,7 +138,7 @@ def dropout_of_the_sink_too(q, k, v, sinks):
     return F.dropout(softmax(torch.cat([of(q, k), column(sinks)], -1)), 0.3)[..., :-1] @ v
 
 
-@left("sinks", "weights_escape", inputs=with_sinks)
+@fused("sinks", "s*0.25 sink sinks[h]", inputs=with_sinks)
 def weight_of_the_sink_used_elsewhere(q, k, v, sinks):
     weights = softmax(torch.cat([of(q, k), column(sinks)], -1))
     return weights[..., :-1] @ v + weights[..., -1:]
@@ -271,7 +271,7 @@ def maximum_taken_off_half_of_the_row(q, k, v):
     return softmax(torch.where(half, scores - scores.amax(-1, keepdim=True), scores)) @ v
 
 
-@left("shifts", "weights_escape")
+@fused("shifts", "s*0.25")
 def maximum_used_elsewhere(q, k, v):
     scores = of(q, k)
     m = scores.amax(-1, keepdim=True)
