@@ -188,7 +188,11 @@ def _cat(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
 
 @_rule("pad")
 def _pad(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
-    if op.get("mode", "constant") != "constant":
+    mode, value = op.get("mode", "constant"), op.get("value", 0)
+    if isinstance(mode, (int, float)):
+        # ``aten.constant_pad_nd`` has no mode before the value.
+        mode, value = "constant", mode
+    if mode != "constant":
         raise NotLiftable("a padding that repeats values")
     widths, sizes = op.args["pad"], shape(op.input)
     inside, moved = E.TRUE, list(index)
@@ -198,7 +202,7 @@ def _pad(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
         inside = E.logical_and(
             inside, E.compare(">=", moved[d], const(0)), E.compare("<", moved[d], lift.size(sizes[d]))
         )
-    fill = lift.number(op.get("value", 0))
+    fill = lift.number(value)
     inside = lift.simplify(inside)
     if inside == E.FALSE:
         return fill

@@ -493,7 +493,7 @@ def keys_and_values_returned(q, k, v):
     return softmax(q @ k.transpose(-2, -1)) @ v, k, v
 
 
-@left("weights", "mutation")
+@left("weights", "mutation", captures=WHOLE)
 def weights_written_to_after_the_product(q, k, v):
     weights = softmax(q @ k.transpose(-2, -1) * SCALE)
     out = weights @ v
