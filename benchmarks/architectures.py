@@ -52,9 +52,9 @@ SUBSET = (
     "swinv2", "t5", "vit", "wav2vec2-conformer", "whisper",
 )  # fmt: skip
 DROPOUT = 0.1
-DRAWS = 5
+DRAWS = 12
 MEMORY_GIB = 10
-RESULTS = Path(__file__).parent / "results"
+NOT_BUILT = "not built"
 
 
 # --- one model ----------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _child(kind: str, mode: str, seconds: int, pipe: int, log: Path) -> None:
     try:
         result = examine(kind, mode)
     except Unbuildable as error:
-        result = {"error": f"not built: {error}"}
+        result = {"error": f"{NOT_BUILT}: {error}"}
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         result = {
@@ -209,11 +209,16 @@ def run_all(jobs: Sequence[tuple[str, str]], out: Path, workers: int, seconds: i
     """Examine each of ``jobs`` that has no result in ``out`` yet."""
     pending = [job for job in jobs if not _file(out, *job).is_file()][::-1]
     total, done = len(pending), 0
+    unbuilt: dict[str, dict[str, Any]] = {}
     running: dict[int, tuple[str, str, int, list[bytes]]] = {}
     again: set[tuple[str, str]] = set()
     while pending or running:
         while pending and len(running) < workers:
             kind, mode = pending.pop()
+            if kind in unbuilt:
+                done += 1
+                _write(out, kind, mode, unbuilt[kind])
+                continue
             read, write = os.pipe()
             pid = os.fork()
             if pid == 0:
@@ -238,9 +243,15 @@ def run_all(jobs: Sequence[tuple[str, str]], out: Path, workers: int, seconds: i
                 again.add((kind, mode))
                 pending.insert(0, (kind, mode))
                 continue
-            _file(out, kind, mode).write_text(json.dumps({"model": kind, "mode": mode, **result}, indent=1))
+            _write(out, kind, mode, result)
+            if result.get("error", "").startswith(NOT_BUILT):
+                unbuilt[kind] = result
             done += 1
             print(f"[{done}/{total}] {kind} {mode}: {_in_a_line(result)}", flush=True)
+
+
+def _write(out: Path, kind: str, mode: str, result: dict[str, Any]) -> None:
+    _file(out, kind, mode).write_text(json.dumps({"model": kind, "mode": mode, **result}, indent=1))
 
 
 def _file(out: Path, kind: str, mode: str) -> Path:
@@ -327,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     _warm_up()
-    run_all([(kind, mode) for kind in kinds for mode in modes], chosen.out, chosen.jobs, chosen.seconds)
+    run_all([(kind, mode) for mode in modes for kind in kinds], chosen.out, chosen.jobs, chosen.seconds)
     results = [
         json.loads(f.read_text()) for kind in kinds for mode in modes for f in [_file(chosen.out, kind, mode)]
     ]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 from flashfuse import hf
 
 BATCH, LENGTH, LAYERS = 2, 16, 2
-MAX_PARAMETERS = 60_000_000
+MAX_PARAMETERS = 30_000_000
 
 _HEADS_KEPT = {
     name: size
