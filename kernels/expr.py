@@ -140,19 +140,19 @@ def is_integral(e: Expr) -> bool:
         return isinstance(e.value, int)
     if e.op == "var":
         return e != S
-    if e.op in ("+", "*", "//", "%", "min", "max"):
+    if e.op in ("+", "*", "//", "%", "min", "max", "abs"):
         return all(is_integral(a) for a in e.operands)
     return is_bool(e) or (e.op == "where" and all(is_integral(a) for a in e.args[1:]))
 
 
-def _terms(e: Expr) -> dict[Expr | None, Number]:
+def collected(e: Expr) -> dict[Expr | None, Number]:
     """An integral ``e`` as a sum: atom → coefficient, ``None`` → the constant."""
     if e.is_const:
         return {None: e.value + 0}
     if e.op == "+":
         total: dict[Expr | None, Number] = {}
         for operand in e.operands:
-            for atom, coefficient in _terms(operand).items():
+            for atom, coefficient in collected(operand).items():
                 total[atom] = total.get(atom, 0) + coefficient
         return total
     if e.op == "*" and e.args[1].is_const:
@@ -177,7 +177,7 @@ def _order(atom: Expr) -> tuple[int, str]:
 def add(*operands: Expr) -> Expr:
     """The sum.  Integral sums collect like terms; real sums keep their order, left to right."""
     if all(is_integral(operand) for operand in operands):
-        terms = _joined(_terms(Expr("+", *operands)))
+        terms = _joined(collected(Expr("+", *operands)))
         constant = terms.pop(None, 0)
         parts = [_scaled(a, c) for a, c in sorted(terms.items(), key=lambda t: _order(t[0])) if c != 0]  # type: ignore[arg-type]
         if constant != 0 or not parts:
@@ -205,7 +205,7 @@ def _joined(terms: dict[Expr | None, Number]) -> dict[Expr | None, Number]:
         if low in terms and n.value > 0 and terms[low] and terms.get(high) == terms[low] * n.value:
             coefficient = terms.pop(low)
             del terms[high]
-            for atom, c in _terms(mul(x, const(coefficient))).items():
+            for atom, c in collected(mul(x, const(coefficient))).items():
                 terms[atom] = terms.get(atom, 0) + c
     return terms
 
@@ -256,7 +256,7 @@ def div(a: Expr, b: Expr) -> Expr:
 def _split_multiples(a: Expr, modulus: Number) -> tuple[Expr, Expr]:
     """``a = modulus·x + y`` over the integers with every multiple of ``modulus`` in ``x``."""
     multiple, rest = [], []
-    for atom, c in _terms(a).items():
+    for atom, c in collected(a).items():
         if c % modulus == 0 and atom is not None:
             multiple.append(_scaled(atom, c // modulus))
         elif atom is None:
@@ -373,7 +373,7 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
         if difference.is_const:
             return const(bool(COMPARISONS[op](difference.value, 0)))
         a, op, b = _solved(difference, op)
-        shift = int(_terms(b).get(None, 0))
+        shift = int(collected(b).get(None, 0))
         if (op, shift) in _TIGHTER:
             # Over the integers `kv < q + 1` is `kv <= q`.
             op, b = _TIGHTER[op, shift], sub(b, const(shift))
@@ -382,7 +382,7 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
 
 def _solved(difference: Expr, op: str) -> tuple[Expr, str, Expr]:
     """``difference op 0`` with its leading term alone on the left: ``kv - q <= 0`` → ``kv <= q``."""
-    terms = _terms(difference)
+    terms = collected(difference)
     lead = min((a for a in terms if a is not None), key=_order)
     coefficient = terms.pop(lead)
     rest = add(*(const(c) if a is None else _scaled(a, c) for a, c in terms.items())) if terms else ZERO

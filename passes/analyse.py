@@ -17,8 +17,8 @@ import torch
 from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import KV, SKV, SQ, Expr, Q, S, const
 from flashfuse.kernels.spec import AttentionShape, DeadRows, Reason, ScoreProgram
-from flashfuse.passes import nodes
 from flashfuse.passes.lift import Lift
+from flashfuse.passes.tables import dtype_of
 
 if TYPE_CHECKING:
     from flashfuse.passes.sinks import Sink
@@ -192,11 +192,8 @@ def _with_minima_as_numbers(
 def _receivers(score: Expr, lift: Lift) -> frozenset[str]:
     """The score and the captures in it that may need a gradient."""
 
-    def floating(name: str) -> bool:
-        example = nodes.tensor(lift.scope.captures[name])
-        return example is None or example.is_floating_point()
-
-    return frozenset(name for name in _inputs(score) if name == SCORE or floating(name))
+    captures = lift.scope.captures
+    return frozenset(n for n in _inputs(score) if n == SCORE or dtype_of(captures[n]).is_floating_point)
 
 
 def _dead_rows(masked: Masked, receivers: frozenset[str]) -> DeadRows | Reason:

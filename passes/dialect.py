@@ -45,6 +45,21 @@ _SIGNATURES: dict[str, str] = {
     "rsqrt": "input",
     "abs": "input",
     "sigmoid": "input",
+    "floor": "input",
+    "ceil": "input",
+    "round": "input * decimals",
+    "trunc": "input",
+    "sign": "input",
+    "log2": "input",
+    "log10": "input",
+    "log1p": "input",
+    "exp2": "input",
+    "expm1": "input",
+    "square": "input",
+    "erf": "input",
+    "sin": "input",
+    "cos": "input",
+    "relu": "input inplace",
     "reciprocal": "input",
     "pow": "input exponent",
     "minimum": "input other",
@@ -54,6 +69,7 @@ _SIGNATURES: dict[str, str] = {
     "clamp_max": "input max",
     "amax": "input dim keepdim",
     "max": "input dim keepdim",
+    "min": "input dim keepdim",
     "sum": "input dim keepdim dtype",
     "any": "input dim keepdim",
     "all": "input dim keepdim",
@@ -262,6 +278,8 @@ def read(node: fx.Node) -> Op | None:
         return Op("getitem", {"input": node.args[0], "index": 0})
     if name == "arange":
         return _arange(node)
+    if name == "embedding":
+        return _embedding(node)
     signature = _SIGNATURES.get(name)
     if signature is None:
         return None
@@ -396,6 +414,19 @@ def _arange(node: fx.Node) -> Op | None:
         start, end = args[0], args[1]  # type: ignore[assignment]
         step = args[2] if len(args) > 2 else step
     return Op("arange", {"start": start, "end": end, "step": step, "dtype": node.kwargs.get("dtype")})
+
+
+def _embedding(node: fx.Node) -> Op | None:
+    """``weight[input]``; not where a row gets no gradient, or is changed."""
+    names = ["input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"]
+    no_row: Any = None
+    if isinstance(node.target, torch._ops.OpOverload):
+        names, no_row = ["weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse"], -1
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    special = ("max_norm", "scale_grad_by_freq", "sparse")
+    if given.get("padding_idx", no_row) != no_row or any(given.get(name) for name in special):
+        return None
+    return Op("embedding", {"input": given.get("input", given.get("indices")), "weight": given["weight"]})
 
 
 def _module(node: fx.Node) -> torch.nn.Module | None:

@@ -22,10 +22,12 @@ from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import Expr, const
 from flashfuse.kernels.spec import DeadRows
 from flashfuse.passes import dialect, nodes
+from flashfuse.passes.condense import condense
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable
 from flashfuse.passes.nodes import Size, same, shape, size_of
 from flashfuse.passes.rules import RULES, Product, Row
+from flashfuse.passes.tables import Capture, Table
 
 MAX_PROGRAM_NODES = 400
 """A score larger than this is better computed by the graph itself."""
@@ -42,7 +44,7 @@ _THROUGH = (
 class Scope:
     """Names of one site: captured tensors and integers, and what symbolic sizes are called."""
 
-    captures: dict[str, fx.Node] = field(default_factory=dict)
+    captures: dict[str, Capture] = field(default_factory=dict)
     ints: dict[str, Any] = field(default_factory=dict)
     sizes: dict[Any, Expr] = field(default_factory=dict)
     """Symbolic sizes that have a name of their own, such as ``Skv``."""
@@ -56,6 +58,7 @@ class Lift:
         bounds: exclusive upper bound of each index variable (all start at 0).
         at_product: called for a product of two tensors; returns its expression or ``None``.
         opaque: nodes that must not be looked through.
+        condenses: whether what would be loaded at q and kv is made a table where it can be.
         visited: every node whose meaning was used, in order of first use.
     """
 
@@ -63,6 +66,7 @@ class Lift:
     bounds: dict[str, Size]
     at_product: Callable[[Product], Expr | None] = lambda product: None
     opaque: frozenset[fx.Node] = frozenset()
+    condenses: bool = True
     visited: dict[fx.Node, Expr] = field(default_factory=dict)
     leaves: dict[fx.Node, None] = field(default_factory=dict)
     stops: dict[fx.Node, str] = field(default_factory=dict)
@@ -122,11 +126,15 @@ class Lift:
         return bool(loads) and (not {"q", "kv"} <= used or len(list(E.walk(e))) > MAX_PROGRAM_NODES)
 
     def _leaf(self, node: fx.Node, index: Index) -> Expr:
+        smaller = condense(self, node, index) if self.condenses else None
+        if smaller is not None:
+            table, place = smaller
+            return E.load(self._name(table, node), map(self.simplify, place))
         self.leaves[node] = None
         sizes = shape(node)
         pinned = [const(0) if same(sizes[d], 1) else self.simplify(index[d]) for d in captured_dims(node)]
         # A program has no empty index; the rewrite makes such a tensor one of a single element.
-        return E.load(self._name(node), pinned or [const(0)])
+        return E.load(self._name(node, node), pinned or [const(0)])
 
     def row(self, row: Row, index: Index) -> Expr:
         """The element of a reduction over the scores of a row."""
@@ -134,9 +142,10 @@ class Lift:
         self.rows[e.args[0]] = row
         return e
 
-    def _name(self, node: fx.Node) -> str:
+    def _name(self, capture: Capture, node: fx.Node) -> str:
+        """The name of a capture, after ``node``."""
         for name, known in self.scope.captures.items():
-            if known is node:
+            if known is capture or (isinstance(known, Table) and known == capture):
                 return name
         base = re.sub(r"^l_(kwargs_|args_|self_)?|_$", "", re.sub(r"\W", "_", node.name.lower())) or "x"
         base = base if base.isidentifier() else f"arg_{base}"
@@ -158,7 +167,7 @@ class Lift:
             name in taken or keyword.iskeyword(name) or name in self.scope.captures or name in self.scope.ints
         ):
             name, n = f"{base}_{n}", n + 1
-        self.scope.captures[name] = node
+        self.scope.captures[name] = capture
         return name
 
     # --- values -------------------------------------------------------------------------------
@@ -289,6 +298,10 @@ class Lift:
                 None if l0 is None or l1 is None else pick(l0, l1),
                 None if h0 is None or h1 is None else pick(h0, h1),
             )
+        if e.op == "abs":
+            low, high = self.interval(e.args[0])
+            least = max(low or 0, -(high or 0), 0) if low is not None and high is not None else 0
+            return least, None if low is None or high is None else max(-low, high)
         if E.is_bool(e):
             return 0, 1
         return None, None

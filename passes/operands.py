@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -11,9 +12,11 @@ from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import KV, B, Expr, H, Q, const
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.indices import Index, NotLiftable, source_index
-from flashfuse.passes.lift import Lift
 from flashfuse.passes.nodes import Size, same, shape
 from flashfuse.passes.rules import SUMMED, piece
+
+if TYPE_CHECKING:
+    from flashfuse.passes.lift import Lift
 
 
 @dataclass(frozen=True)

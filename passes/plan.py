@@ -13,6 +13,7 @@ from flashfuse.kernels.spec import Reason
 from flashfuse.passes import nodes
 from flashfuse.passes.lift import MAX_CAPTURE_RANK, captured_dims
 from flashfuse.passes.region import AttentionRegion, NearMiss
+from flashfuse.passes.tables import Capture, Table, device_of, dtype_of, sizes_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
     if isinstance(site, NearMiss):
         return Left(site, site.reasons)
     device = nodes.value(site.output).device
-    devices = {nodes.value(n).device for n in (*(o.node for o in site.operands), *_captured(site))}
+    devices = {device_of(c) for c in (*(o.node for o in site.operands), *_captured(site))}
     if devices != {device}:
         return Left(
             site, (Reason("device", f"the site mixes devices: {', '.join(sorted(map(str, devices)))}"),)
@@ -71,7 +72,7 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
         size == 0 for size in (site.shape.batch, site.shape.num_q_heads, site.shape.q_len, site.shape.kv_len)
     ):
         return Left(site, (Reason("empty", f"a dimension is empty: {site.shape}"),))
-    rank = max((len(captured_dims(n)) for n in _captured(site)), default=0)
+    rank = max((_rank(c) for c in _captured(site)), default=0)
     if rank > MAX_CAPTURE_RANK:
         return Left(
             site, (Reason("capture_rank", f"a captured tensor has {rank} dimensions, the kernels take 4"),)
@@ -82,13 +83,18 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
     return Fuse(site, selection, cost(site))
 
 
-def _captured(region: AttentionRegion) -> list[Any]:
+def _captured(region: AttentionRegion) -> list[Capture]:
     return [region.scope.captures[name] for name in region.program.captures]
 
 
-def _nbytes(node: Any) -> Any:
-    example = nodes.tensor(node)
-    return 0 if example is None else nodes.product(nodes.shape(node)) * example.element_size()
+def _rank(capture: Capture) -> int:
+    return len(captured_dims(capture)) if not isinstance(capture, Table) else len(sizes_of(capture))
+
+
+def _nbytes(capture: Capture) -> Any:
+    if not isinstance(capture, Table) and nodes.tensor(capture) is None:
+        return 0
+    return nodes.product(sizes_of(capture)) * dtype_of(capture).itemsize
 
 
 def cost(region: AttentionRegion) -> Cost:

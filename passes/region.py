@@ -20,6 +20,7 @@ from flashfuse.passes.operands import Operand, folded_heads_of, source
 from flashfuse.passes.products import Rows
 from flashfuse.passes.rules import SUMMED
 from flashfuse.passes.sinks import Sink, reductions
+from flashfuse.passes.tables import Capture, Table, leaves
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,15 @@ class AttentionRegion:
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
         """The tensors that the site starts from: its operands and the captures."""
-        return (*(o.node for o in self.operands), *(self.scope.captures[n] for n in self.program.captures))
+        captures = (self.scope.captures[name] for name in self.program.captures)
+        return (*(o.node for o in self.operands), *(leaf for c in captures for leaf in leaves(c)))
 
     def mapped(self, mapping: Mapping[fx.Node, fx.Node]) -> AttentionRegion:
         """The same site over the nodes of another graph that hold the same values."""
-        captures = {name: mapping[self.scope.captures[name]] for name in self.program.captures}
+        captures: dict[str, Capture] = {}
+        for name in self.program.captures:
+            capture = self.scope.captures[name]
+            captures[name] = capture.mapped(mapping) if isinstance(capture, Table) else mapping[capture]
         q, k, v, *rest = (Operand(mapping[o.node], o.index) for o in self.operands)
         beside = tuple(zip(rest[::2], rest[1::2], strict=True))
         return dataclasses.replace(
@@ -201,7 +206,8 @@ def assemble(
     if isinstance(program, Reason):
         raise Refused(program)
     operands = [o.node for o in (q, k, v, *(o for pair in rows for o in pair))]
-    loads = dict.fromkeys((*(lift.scope.captures[name] for name in program.captures), *operands))
+    captured = [lift.scope.captures[name] for name in program.captures]
+    loads = dict.fromkeys((*(leaf for c in captured for leaf in leaves(c)), *operands))
     for leaf in loads:
         if leaf in inside:
             raise Refused(
@@ -219,8 +225,10 @@ def assemble(
                 "use the out-of-place form of the update",
             )
         )
-    for name in program.captures:
-        example = nodes.tensor(lift.scope.captures[name])
+    for name, capture in zip(program.captures, captured, strict=True):
+        if isinstance(capture, Table):
+            continue
+        example = nodes.tensor(capture)
         if example is None or example.is_complex():
             raise Refused(Reason("capture", f"`{name}` is not a dense real tensor"))
     notes = _assumptions(score, program)

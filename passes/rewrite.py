@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -23,6 +25,7 @@ from flashfuse.passes.operands import Operand, digit, folded_heads_of
 from flashfuse.passes.plan import Fuse, Left, SitePlan
 from flashfuse.passes.region import AttentionRegion
 from flashfuse.passes.rules import SUMMED
+from flashfuse.passes.tables import Capture, Length, Table, arguments
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -85,6 +88,8 @@ class Emitter:
     """By the dropped weights that several products may share: how they are indexed, and the seed."""
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """What stands for outputs and weights of earlier sites, which later ones may read."""
+    tables: dict[Any, Any] = field(default_factory=dict)
+    """What recipes of tables made: one node for all sites that ask for the same."""
     batch_holders: list[tuple[fx.Node, int]] = field(default_factory=list)
     """Where the size of the batch can be read, for an operand that the batch shares."""
     _key: str = "val"
@@ -153,6 +158,7 @@ class Emitter:
             self.maps = {k: v for k, v in self.maps.items() if all(n in before for n in v)}
             self.seeds = seeds
             del self._for_weights[for_weights:]
+            self.tables = {k: n for k, n in self.tables.items() if n in before}
             return Left(
                 region, (Reason("emit", f"the replacement could not be built: {error}", region.source),)
             )
@@ -253,17 +259,43 @@ class Emitter:
         if key not in self.maps:
             ints = [self.size(region.scope.ints[name], holders) for name in mask.ints]
             sizes = [self.size(n, holders) for n in (s.batch, s.num_q_heads, s.q_len, s.kv_len)]
-            captures = [self.capture(node) for node in sources]
+            captures = [self.capture(source) for source in sources]
             pair = self.call(torch.ops.flashfuse.block_map.default, captures, ints, q, *sizes, mask.text)
             self.maps[key] = [self.call(operator.getitem, pair, i) for i in (0, 1)]
         return self.maps[key]
 
-    def capture(self, node: fx.Node) -> fx.Node:
+    def capture(self, capture: Capture) -> fx.Node:
         """A captured tensor as the program indexes it; one without dimensions has a single element."""
-        rank, kept = len(nodes.shape(node)), captured_dims(node)
+        if isinstance(capture, Table):
+            node = self.made(capture.recipe)
+            if nodes.value(node).dtype != capture.dtype:
+                raise NotEmittable(f"a table of {nodes.value(node).dtype} instead of {capture.dtype}")
+            return node
+        rank, kept = len(nodes.shape(capture)), captured_dims(capture)
         if not kept:
-            return self.call("reshape", node, (1,))
-        return node if len(kept) == rank else self.call("squeeze", node, tuple({*range(rank)} - {*kept}))
+            return self.call("reshape", capture, (1,))
+        return capture if len(kept) == rank else self.call("squeeze", capture, tuple({*range(rank)} - {*kept}))
+
+    def made(self, x: Any) -> Any:
+        """What a recipe makes: a node, or the number that a length is."""
+        if isinstance(x, fx.Node):
+            return x
+        if x not in self.tables:
+            if isinstance(x, Length):
+                self.tables[x] = self.length(x.size)
+            else:
+                args, kwargs = arguments(x.args, self.made), arguments(x.kwargs, self.made)
+                self.tables[x] = self.call(x.target, *args, **kwargs)
+        return self.tables[x]
+
+    def length(self, size: Any) -> Any:
+        """A sum of products of sizes as a number or a node."""
+        if isinstance(size, (sympy.Add, sympy.Mul)):
+            join = operator.add if isinstance(size, sympy.Add) else operator.mul
+            return functools.reduce(functools.partial(self.call, join), map(self.length, size.args))
+        if isinstance(size, sympy.Integer):
+            return int(size)
+        return self.size(size, self.batch_holders)
 
     def side_by_side(self, rows: list[fx.Node]) -> fx.Node:
         return rows[0] if len(rows) == 1 else self.call(torch.cat, rows, -1)

@@ -303,11 +303,14 @@ def _clamp(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     return a
 
 
-@_rule("max")
-def _max(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+@_rule("max", "min")
+def _extreme(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     other = op.args.get("dim")
     if isinstance(other, fx.Node) and isinstance(nodes.value(other), torch.Tensor):
-        return E.maximum(lift.operand(op.input, index), lift.operand(other, index))
+        combine = E.maximum if op.name == "max" else E.minimum
+        return combine(lift.operand(op.input, index), lift.operand(other, index))
+    if op.name == "min":
+        raise NotLiftable("a minimum over a dimension")
     return _of_row(lift, node, op, index)
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.plan import Fuse
 from flashfuse.passes.region import AttentionRegion
+from flashfuse.passes.tables import Table, leaves
 
 BESIDE = re.compile(r"[qk]_beside\d+$")
 """Names of the rows that are laid beside those of q and k."""
@@ -25,16 +26,26 @@ def cut_nodes(region: AttentionRegion) -> dict[fx.Node, str]:
     """The tensors that the site starts from, named ``q k v`` and as the program names its captures.
 
     What is laid beside q and k is ``q_beside1 k_beside1`` and so on.  A tensor that plays two parts has the
-    name of the first.
+    name of the first.  A table starts from the tensors it is made of, which keep their own names.
     """
     parts = [("q", region.q.node), ("k", region.k.node), ("v", region.v.node)]
     for n, (q, k) in enumerate(region.beside, 1):
         parts += [(f"q_beside{n}", q.node), (f"k_beside{n}", k.node)]
-    parts += [(name, region.scope.captures[name]) for name in region.program.captures]
+    captures = {name: region.scope.captures[name] for name in region.program.captures}
+    parts += [(name, c) for name, c in captures.items() if isinstance(c, fx.Node)]
     cut: dict[fx.Node, str] = {}
     for name, node in parts:
         cut.setdefault(node, name)
+    for table in captures.values():
+        for leaf in leaves(table):
+            cut.setdefault(leaf, _other_name(leaf.name, {*captures, *cut.values()}))
     return cut
+
+
+def _other_name(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 def site_nodes(region: AttentionRegion) -> Iterator[tuple[fx.Node, bool]]:
@@ -91,7 +102,10 @@ def site_key(plan: Fuse) -> tuple[Hashable, ...]:
     written = any(dialect.writes(node) for node, leaf in is_leaf.items() if not leaf)
     order = tuple(number[node] for node in is_leaf) if written else ()
     operands = [(number.get(o.node), tuple(map(str, o.index))) for o in region.operands]
-    captures = [number.get(region.scope.captures[name]) for name in program.captures]
+    captures: list[Hashable] = []
+    for capture in (region.scope.captures[name] for name in program.captures):
+        made = isinstance(capture, Table)
+        captures.append(capture.recipe.key(number.get) if made else number.get(capture))
     ints = [_literal(nodes.value(region.scope.ints[name]), number) for name in program.ints]
     return (
         tuple(described), order, tuple(operands), tuple(captures), tuple(ints),

@@ -24,6 +24,8 @@ from flashfuse.kernels.spec import AttentionShape, ScoreProgram
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.nodes import Size
 
+MAX_ROWS = 1024
+"""Tables with more rows are made smaller like any other tensor."""
 KEPT = 8
 """Numbers below stay; they are often not sizes but axes, steps or counts."""
 NEAR = 7
@@ -91,7 +93,7 @@ class Shrink:
             return math.prod(map(self, self.products[n]))
         if n in self.sums:
             return sum(map(self, self.sums[n]))
-        below = max((m for m in self.positions if m < n), default=KEPT - 1)
+        below = max((m for m in (*self.positions, *self.kept) if m < n), default=KEPT - 1)
         base = below if below < KEPT else self(below)
         return base + (n - below if n - below <= NEAR else GAP)
 
@@ -144,14 +146,17 @@ def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int) -> Shrink:
     products, sums = dict(_products(shape, site)), dict(_sums(site))
     numbers = {n for node in site for n in _numbers(node)}
     lengths = {n for n in (shape.q_len, shape.kv_len) if isinstance(n, int)}
-    small = {n: m for n, m in _small(shape, site).items() if n not in lengths}
+    counted = _counted(site)
+    small = {n: m for n, m in _small(shape, site).items() if n not in lengths and n not in counted}
     rest = sorted(n for n in numbers | lengths if n >= KEPT and n not in small and n not in products)
     for n in rest:
         found = _as_sum(n, rest) if n not in sums else None
         if found is not None:
             sums[n] = found
     positions = tuple(n for n in rest if n not in sums)
-    kept: set[int] = set()
+    # Rows of a table are counted by arithmetic, of which products and sums are not seen here.
+    rows = max((n for n in _rows(site) if n <= MAX_ROWS and n not in lengths), default=0)
+    kept = {n for n in numbers if n <= rows and (n not in small or n in counted)}
     while True:
         made = Shrink(small, products, sums, positions, _drawn(shape, site, seed), kept)
         broken = [
@@ -173,6 +178,39 @@ def _small(shape: AttentionShape, site: Sequence[fx.Node]) -> dict[int, int]:
     if not any(isinstance(nodes.value(n), int) for n in site):
         wanted += [(shape.head_dim, 3), (shape.v_head_dim, 3 if shape.head_dim == shape.v_head_dim else 2)]
     return {n: m for n, m in reversed(wanted) if isinstance(n, int) and n >= KEPT}
+
+
+def _counted(site: Sequence[fx.Node]) -> set[int]:
+    """Integers that the site computes with, other than as sizes of tensors."""
+    found: set[int] = set()
+    for node in site:
+        op = dialect.read(node)
+        if op is not None and (op.name in _VALUES | _FILLS or op.name == "arange") and _is_integral(node):
+            found.update(n for n in _integers((node.args, node.kwargs)) if n >= KEPT)
+        if node.target is torch.ops.flashfuse.attention.default:
+            found.update(_places(ScoreProgram.parse(str(node.args[7]))))
+    return found
+
+
+def _places(program: ScoreProgram) -> Iterator[int]:
+    """The integers in indices of loads."""
+    for e in (program.score, program.mask):
+        for n in E.walk(e) if e is not None else ():
+            if n.op == "load":
+                yield from (abs(c.value) for i in n.operands for c in E.walk(i) if c.is_const)
+
+
+def _rows(site: Sequence[fx.Node]) -> Iterator[int]:
+    """Sizes of dimensions that are indexed by integer tensors."""
+    for node in site:
+        op = dialect.read(node)
+        if op is None or op.name not in ("embedding", "getitem", "index", "gather", "index_select", "take"):
+            continue
+        source = op.args.get("weight", op.args.get("input"))
+        items = op.args.get("indices", op.args.get("index"))
+        indexed = [i for i in (items if isinstance(items, (tuple, list)) else (items,)) if nodes.tensor(i) is not None]
+        if nodes.tensor(source) is not None and (indexed or op.name == "embedding"):
+            yield from (n for n in nodes.shape(source) if isinstance(n, int))
 
 
 def _drawn(shape: AttentionShape, site: Sequence[fx.Node], seed: int) -> dict[sympy.Symbol, int]:

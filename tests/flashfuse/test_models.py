@@ -48,11 +48,10 @@ class Model:
     name: str
     build: Callable[[str], nn.Module]
     inputs: Callable[[], dict[str, Any]]
-    mask: str
+    mask: str | None
     group: int = 1
     dropout_p: float = 0.0
     sites: int = 2
-    stored_bias: bool = False
 
 
 def gpt2(attention: str) -> nn.Module:
@@ -133,10 +132,9 @@ MODELS = [
             "attention_mask": padding(left=False),
             "decoder_input_ids": tokens(DECODER_SEQ),
         },
-        "",
+        None,
         dropout_p=0.1,
         sites=6,
-        stored_bias=True,
     ),
 ]
 
@@ -156,7 +154,7 @@ def test_every_site_is_fused_and_equal(model: Model, attention: str):
     assert not [r for site in report.sites for r in site.reasons]
     assert report.num_fused == report.num_sites == model.sites
     assert {site.gqa_group for site in report.sites} == {model.group}
-    if not model.stored_bias:
+    if model.mask is not None:
         assert {site.mask for site in report.sites} == {model.mask}
     assert report.check is not None and report.check.items
     assert report.check.ok, [i for i in report.check.items if not i.ok]
@@ -178,8 +176,7 @@ def test_training_keeps_dropout_and_leaves_no_matrix(model: Model, attention: st
     ((rewritten, report),) = graphs
     assert report.num_fused == model.sites
     assert {site.dropout_p for site in report.sites} == {model.dropout_p}
-    # T5's buckets of relative positions are the same for the whole batch and every head.
-    assert {m.ndim for m in matrices(rewritten)} == ({2} if model.stored_bias else set())
+    assert not matrices(rewritten)
 
 
 def matrices(gm: torch.fx.GraphModule) -> list[torch.Tensor]:
