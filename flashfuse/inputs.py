@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashfuse.kernels.expr import Expr
+from flashfuse.kernels.expr import Expr, selects
 from flashfuse.kernels.reference import environment, evaluate
 from flashfuse.proof.key import BESIDE
 
@@ -190,10 +190,10 @@ def _rows(site: Site, inputs: list[Any]) -> tuple[Tensor, Tensor]:
 
 
 def _added(e: Expr) -> set[str]:
-    """Tensors that are terms of the score."""
+    """Tensors that are terms of the score; not tables of which stored positions select rows."""
     if e.op == "+":
         return set().union(*map(_added, e.operands))
-    return {e.args[0]} if e.op == "load" else set()
+    return {e.args[0]} if e.op == "load" and not selects(e) else set()
 
 
 def _sprinkled(share: float) -> Draw:

@@ -455,6 +455,11 @@ def contains(e: Expr, leaf: Expr) -> bool:
     return e == leaf or any(contains(operand, leaf) for operand in e.operands)
 
 
+def selects(e: Expr) -> bool:
+    """True for a load whose index is itself loaded."""
+    return e.op == "load" and any(node.op == "load" for i in e.operands for node in walk(i))
+
+
 def variables(e: Expr) -> set[str]:
     """Names of ``s``, index variables, lengths and integers that the value depends on."""
     return {node.args[0] for node in walk(e) if node.op == "var"}

@@ -28,7 +28,7 @@ from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import B, Expr, H, const
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.dialect import Op
-from flashfuse.passes.indices import Index, NotLiftable, source_index
+from flashfuse.passes.indices import Index, NotLiftable, dimension, source_index
 from flashfuse.passes.nodes import Size, same, shape
 from flashfuse.passes.operands import digit
 from flashfuse.passes.tables import Call, Length, Table
@@ -78,18 +78,18 @@ class NotCondensable(Exception):
 def condense(lift: Lift, node: fx.Node, index: Index) -> tuple[Table, Index] | None:
     """A table that holds ``node[index]``, and where; ``None`` where the graph's own tensor is as small."""
     used = set().union(*(E.variables(i) for i in index)) if index else set()
-    if not _JOINT <= used or node.op in ("placeholder", "get_attr") or node in lift.opaque:
+    if not used >= _JOINT or node.op in ("placeholder", "get_attr") or node in lift.opaque:
         return None
     probe = dataclasses.replace(
         lift, scope=dataclasses.replace(lift.scope, captures={}), condenses=False, visited={}, leaves={},
-        stops={}, indices=set(), at_product=lambda product: None, _memo={},
+        stops={}, rows={}, indices=set(), at_product=lambda product: None, _memo={},
     )  # fmt: skip
     reader = _Reader(probe)
     try:
         tree = reader.tree(node, index)
         if isinstance(tree, (Form, Stored)) and not _computed(tree):
             return None
-        axes = _Axes.of(reader.expressions, probe)
+        axes = _Axes.of(tuple(reader.expressions), probe)
         table = _Writer(axes, probe, nodes.value(node).device).table(tree, node)
     except (NotCondensable, NotLiftable):
         return None
@@ -109,9 +109,9 @@ _SAME_EVERYWHERE = (
     | dialect.COMPARISON.keys()
     | {
         "neg", "exp", "log", "tanh", "sqrt", "rsqrt", "abs", "sigmoid", "reciprocal", "clamp", "clamp_min",
-        "clamp_max", "and", "or", "xor", "not", "where", "masked_fill", "max", "min", "floor", "ceil", "round",
-        "trunc", "sign", "log2", "log10", "log1p", "exp2", "expm1", "square", "relu", "detach", "erf", "sin",
-        "cos",
+        "clamp_max", "and", "or", "xor", "not", "where", "masked_fill", "max", "min", "floor", "ceil",
+        "round", "trunc", "sign", "log2", "log10", "log1p", "exp2", "expm1", "square", "relu", "detach", "erf",
+        "sin", "cos",
     }
 )  # fmt: skip
 """Elementwise operations, whatever their arguments."""
@@ -175,6 +175,10 @@ class _Reader:
             return self.tree(op.input, index)
         if op.name == "embedding":
             return self.at(op.args["weight"], (self.tree(op.input, index[:-1]), index[-1]))
+        if op.name in ("gather", "index_select") and shape(op.input):
+            d = dimension(op.args["dim"], len(shape(op.input)))
+            place = index[d : d + 1] if op.name == "index_select" else index
+            return self.at(op.input, (*index[:d], self.tree(op.args["index"], place), *index[d + 1 :]))
         if op.name in _SAME_EVERYWHERE:
             return self._repeated(node, op, index)
         if op.name in ("getitem", "index"):
@@ -570,5 +574,3 @@ class _Writer:
         ramp = Call(torch.arange, size if isinstance(size, int) else Length(size), device=self.device)
         shape_ = tuple(-1 if axis == place else 1 for axis in range(self.rank))
         return ramp if self.rank == 1 else Call("view", ramp, shape_)
-
-

@@ -194,6 +194,8 @@ def _reshaped(lift: Lift, index: Index, out: Sequence[Size], into: Sequence[Size
             if smaller is None or (smaller and i_end >= len(out)) or (not smaller and j_end >= len(into)):
                 raise NotLiftable(f"a reshape of {tuple(into)} to {tuple(out)}")
             i_end, j_end = (i_end + 1, j_end) if smaller else (i_end, j_end + 1)
+        if i_end - i > 1 or j_end - j > 1:
+            _check_computed(index[i:i_end])
         linear = const(0)
         for position in range(i, i_end):
             linear = E.add(E.mul(linear, lift.size(out[position])), index[position])
@@ -205,6 +207,12 @@ def _reshaped(lift: Lift, index: Index, out: Sequence[Size], into: Sequence[Size
         result += digits[::-1]
         i, j = i_end, j_end
     return tuple(result)
+
+
+def _check_computed(index: Sequence[Expr]) -> None:
+    """Stored positions are not taken apart: nothing is known of their digits."""
+    if any(n.op == "load" for i in index for n in E.walk(i)):
+        raise NotLiftable("a reshape of what stored positions select")
 
 
 def _smaller(a: Size, b: Size) -> bool | None:

@@ -104,8 +104,10 @@ class Lift:
             except NotLiftable as stop:
                 self.stops[node] = str(stop)
             else:
-                if not self._smaller_as_tensor(op, e, index):
-                    return e
+                # What stored positions select is better selected once, for a table, than by every element.
+                table = self._table(node, index) if any(map(E.selects, E.walk(e))) else None
+                if table is not None or not self._smaller_as_tensor(op, e, index):
+                    return e if table is None else table
         return self._leaf(node, index)
 
     def _smaller_as_tensor(self, op: Op, e: Expr, index: Index) -> bool:
@@ -125,11 +127,18 @@ class Lift:
         used: set[str] = set().union(*(E.variables(i) for i in index)) if index else set()
         return bool(loads) and (not {"q", "kv"} <= used or len(list(E.walk(e))) > MAX_PROGRAM_NODES)
 
+    def _table(self, node: fx.Node, index: Index) -> Expr | None:
+        """``node[index]`` as an element of a table that is smaller than one for each q and kv."""
+        found = condense(self, node, index) if self.condenses else None
+        if found is None:
+            return None
+        table, place = found
+        return E.load(self._name(table, node), map(self.simplify, place))
+
     def _leaf(self, node: fx.Node, index: Index) -> Expr:
-        smaller = condense(self, node, index) if self.condenses else None
-        if smaller is not None:
-            table, place = smaller
-            return E.load(self._name(table, node), map(self.simplify, place))
+        table = self._table(node, index)
+        if table is not None:
+            return table
         self.leaves[node] = None
         sizes = shape(node)
         pinned = [const(0) if same(sizes[d], 1) else self.simplify(index[d]) for d in captured_dims(node)]

@@ -129,13 +129,44 @@ def _gather(lift: Lift, source: fx.Node, items: Sequence[Any], index: Index) -> 
     for t, size in zip(tensors, sizes, strict=False):
         position = lift.simplify(lift.operand(t, head))
         low, high = lift.interval(position)
-        if low is None or low < 0:
+        if _is_data(position):
+            # PyTorch raises where such a position is out of range, and counts negative ones from the end.
+            end = E.add(position, lift.size(size))
+            position = E.where(E.compare("<", position, const(0)), end, position)
+        elif low is None or low < 0:
             # A negative index would count from the end.
             raise NotLiftable("indexing by positions that are not known to be at least 0")
-        if isinstance(size, int) and (high is None or high >= size):
+        elif isinstance(size, int) and (high is None or high >= size):
             raise NotLiftable("indexing by positions that are not known to be in range")
         positions.append(const(0) if same(size, 1) else position)
     return lift.element(source, (*positions, *tail))
+
+
+def _is_data(e: Expr) -> bool:
+    """Whether a position is read from a tensor."""
+    return any(n.op == "load" for n in E.walk(e))
+
+
+@_rule("embedding")
+def _embedding(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    """Rows of a matrix; a position outside of it, and a negative one, is an error in PyTorch."""
+    row = lift.simplify(lift.operand(op.input, index[:-1]))
+    return lift.element(op.args["weight"], (row, index[-1]))
+
+
+@_rule("gather", "take_along_dim", "index_select")
+def _selected(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    """Elements that an integer tensor selects along one dimension, with the errors of ``embedding``."""
+    source, sizes = op.input, shape(op.input)
+    if not isinstance(op.args.get("dim"), int) or not sizes:
+        raise NotLiftable(f"`{op.name}` without a dimension")
+    d = dimension(op.args["dim"], len(sizes))
+    place = index[d : d + 1] if op.name == "index_select" else index
+    position = lift.simplify(lift.operand(op.args["index"], place))
+    at = (*index[:d], position, *index[d + 1 :])
+    if op.name == "take_along_dim":
+        at = tuple(const(0) if same(n, 1) else i for i, n in zip(at, sizes, strict=True))
+    return lift.element(source, at)
 
 
 def piece(lift: Lift, pieces: fx.Node, which: Any, index: Index) -> tuple[fx.Node, Index]:
@@ -485,6 +516,8 @@ SUMMED = E.var("d")
 
 @_rule("matmul", "bmm", "baddbmm", "einsum", "sum")
 def _product(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    if any(map(_is_data, index)):
+        raise NotLiftable("a product read at stored positions")
     product = contraction(node, op, index)
     if product is None:
         raise NotLiftable(f"a `{op.name}` of this form")

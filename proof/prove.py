@@ -20,6 +20,7 @@ from flashfuse.passes import nodes
 from flashfuse.passes.plan import Fuse
 from flashfuse.passes.region import AttentionRegion
 from flashfuse.passes.rewrite import Emitter
+from flashfuse.passes.tables import sizes_of
 from flashfuse.proof.certificate import Certificate, NotProvable
 from flashfuse.proof.key import cut_nodes, site_nodes
 from flashfuse.proof.run import Env, Runner
@@ -273,6 +274,10 @@ class _Comparison:
     def integers(self, node: fx.Node, shape: tuple[int, ...]) -> Tensor:
         """Positions where the program compares or indexes with them, else zeros and ones."""
         name = self.names.get(node)
+        rows = _rows_selected(self.region, name) if name is not None else None
+        if rows is not None:
+            low, size = (-self.sizes(rows[1]) if rows[0] else 0), self.sizes(rows[1])
+            return torch.randint(low, size, shape, generator=self.draw.inputs)
         if name is not None and _is_position(self.region.program, name):
             return torch.randint(0, self.sizes(self.region.shape.kv_len), shape, generator=self.draw.inputs)
         return self.conditions(shape).long()
@@ -351,9 +356,23 @@ def _laid_out(value: Value, example: Tensor) -> Value:
 
 
 def _added(program: ScoreProgram) -> tuple[str, ...]:
-    """Captured reals that are added to the score, as masks of −∞ and biases are."""
+    """Captured reals that are added to the score, as masks of −∞ and biases are; not rows of tables."""
     terms = program.score.operands if program.score.op == "+" else ()
-    return tuple(t.args[0] for t in terms if t.op == "load")
+    return tuple(t.args[0] for t in terms if t.op == "load" and not E.selects(t))
+
+
+def _rows_selected(region: AttentionRegion, name: str) -> tuple[bool, Any] | None:
+    """Of a captured integer that selects elements: whether it may be negative, and of how many."""
+    found: list[tuple[bool, Any]] = []
+    for e in (region.program.score, region.program.mask):
+        for n in E.walk(e) if e is not None else ():
+            if n.op != "load":
+                continue
+            sizes = sizes_of(region.scope.captures[n.args[0]]) or (1,)
+            for i, size in zip(n.operands, sizes, strict=True):
+                if any(part.op == "load" and part.args[0] == name for part in E.walk(i)):
+                    found.append((i.op == "where", size))
+    return min(found, key=lambda f: (f[0], str(f[1]))) if found else None
 
 
 def _sinks(program: ScoreProgram) -> tuple[str, ...]:

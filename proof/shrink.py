@@ -24,7 +24,7 @@ from flashfuse.kernels.spec import AttentionShape, ScoreProgram
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.nodes import Size
 
-MAX_ROWS = 1024
+MAX_ROWS = 4096
 """Tables with more rows are made smaller like any other tensor."""
 KEPT = 8
 """Numbers below stay; they are often not sizes but axes, steps or counts."""
@@ -93,7 +93,7 @@ class Shrink:
             return math.prod(map(self, self.products[n]))
         if n in self.sums:
             return sum(map(self, self.sums[n]))
-        below = max((m for m in (*self.positions, *self.kept) if m < n), default=KEPT - 1)
+        below = max((m for m in (*self.positions, *self.kept) if KEPT <= m < n), default=KEPT - 1)
         base = below if below < KEPT else self(below)
         return base + (n - below if n - below <= NEAR else GAP)
 
@@ -123,16 +123,17 @@ class Shrink:
         sink = None if program.sink is None else self._indices(program.sink)
         return ScoreProgram(self._indices(program.score), mask, program.dead_rows, sink)
 
-    def _indices(self, e: Expr, inside: bool = False) -> Expr:
-        """``e`` with the constants of its index arithmetic replaced."""
+    def _indices(self, e: Expr, inside: bool = False, selects: bool = False) -> Expr:
+        """``e`` with the constants of its index arithmetic replaced; ``selects``: it is part of an index."""
         if e.is_const:
             return const(self(e.value)) if inside and type(e.value) is int else e
         if not e.operands:
             return e
         integral = E.is_integral(e) and not E.is_bool(e) and bool(E.variables(e))
         compares = e.op in E.COMPARISONS and all(E.is_integral(a) and not E.is_bool(a) for a in e.operands)
-        inside = e.op == "load" or compares or (integral and e.op != "where")
-        args = (self._indices(a, inside) if isinstance(a, Expr) else a for a in e.args)
+        selects = selects or e.op == "load"
+        inside = selects or compares or (integral and e.op != "where")
+        args = (self._indices(a, inside, selects) if isinstance(a, Expr) else a for a in e.args)
         return Expr(e.op, *args)
 
 
@@ -156,7 +157,7 @@ def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int) -> Shrink:
     positions = tuple(n for n in rest if n not in sums)
     # Rows of a table are counted by arithmetic, of which products and sums are not seen here.
     rows = max((n for n in _rows(site) if n <= MAX_ROWS and n not in lengths), default=0)
-    kept = {n for n in numbers if n <= rows and (n not in small or n in counted)}
+    kept = {n for n in numbers if KEPT <= n <= rows and (n not in small or n in counted)}
     while True:
         made = Shrink(small, products, sums, positions, _drawn(shape, site, seed), kept)
         broken = [
@@ -208,8 +209,9 @@ def _rows(site: Sequence[fx.Node]) -> Iterator[int]:
             continue
         source = op.args.get("weight", op.args.get("input"))
         items = op.args.get("indices", op.args.get("index"))
-        indexed = [i for i in (items if isinstance(items, (tuple, list)) else (items,)) if nodes.tensor(i) is not None]
-        if nodes.tensor(source) is not None and (indexed or op.name == "embedding"):
+        items = items if isinstance(items, (tuple, list)) else (items,)
+        indexed = op.name == "embedding" or any(nodes.tensor(i) is not None for i in items)
+        if indexed and nodes.tensor(source) is not None:
             yield from (n for n in nodes.shape(source) if isinstance(n, int))
 
 

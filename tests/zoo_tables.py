@@ -12,15 +12,15 @@ from zoo import DYNAMO, H, S, fused, left, qkv, randn, softmax
 # --- distances ---------------------------------------------------------------------------------
 
 
-def bucket(distance: Tensor, buckets: int = 32, furthest: int = 128) -> Tensor:
+def bucket(distance: Tensor, buckets: int = 8, furthest: int = 20) -> Tensor:
     """T5's: exact near by, logarithmic further away."""
     half = buckets // 2
     found = (distance > 0).to(torch.long) * half
     distance = torch.abs(distance)
     exact = half // 2
-    far = exact + (
-        torch.log(distance.float() / exact) / math.log(furthest / exact) * (half - exact)
-    ).to(torch.long)
+    far = exact + (torch.log(distance.float() / exact) / math.log(furthest / exact) * (half - exact)).to(
+        torch.long
+    )
     far = torch.min(far, torch.full_like(far, half - 1))
     found += torch.where(distance < exact, distance, far)
     return found
@@ -34,7 +34,7 @@ def with_table(*sizes: int):
     return lambda: (*qkv(), randn(*sizes))
 
 
-@fused("distance_bias", "s + c[h, kv + 6 - q] else nan", inputs=with_table(32, H), captures=DYNAMO)
+@fused("distance_bias", "s + c[h, kv + 6 - q] else nan", inputs=with_table(8, H), captures=DYNAMO)
 def t5(q, k, v, weight):
     bias = F.embedding(bucket(distances()), weight).permute([2, 0, 1]).unsqueeze(0)
     return softmax(q @ k.transpose(-1, -2) + bias) @ v
@@ -51,7 +51,7 @@ def indexed_by_distance(q, k, v, weight):
     return softmax(q @ k.transpose(-1, -2) + (bias + mask)) @ v
 
 
-@left("distance_bias", "score_path", inputs=with_table(32, H), captures=DYNAMO)
+@left("distance_bias", "score_path", inputs=with_table(8, H), captures=DYNAMO)
 def bucketed_scores(q, k, v, weight):
     """Buckets of the scores themselves."""
     scores = q @ k.transpose(-1, -2)
