@@ -110,8 +110,8 @@ _SAME_EVERYWHERE = (
     | {
         "neg", "exp", "log", "tanh", "sqrt", "rsqrt", "abs", "sigmoid", "reciprocal", "clamp", "clamp_min",
         "clamp_max", "and", "or", "xor", "not", "where", "masked_fill", "max", "min", "floor", "ceil",
-        "round", "trunc", "sign", "log2", "log10", "log1p", "exp2", "expm1", "square", "relu", "detach", "erf",
-        "sin", "cos",
+        "round", "trunc", "sign", "log2", "log10", "log1p", "exp2", "expm1", "square", "relu", "detach",
+        "erf", "sin", "cos",
     }
 )  # fmt: skip
 """Elementwise operations, whatever their arguments."""
@@ -242,7 +242,8 @@ def functional(node: fx.Node) -> Any:
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if isinstance(target, torch._ops.OpOverload):
-        return None
+        packet = getattr(torch.ops.aten, target._opname.removesuffix("_"), None)
+        return getattr(packet, target._overloadname, None) if target.namespace == "aten" else None
     if getattr(target, "__module__", "") == "_operator":
         return getattr(operator, name[1:], None) if name.startswith("i") else None
     if isinstance(target, str):

@@ -80,8 +80,8 @@ class Lift:
         """A lift that knows as much, and tells this one nothing."""
         scope = Scope(dict(self.scope.captures), dict(self.scope.ints), dict(self.scope.sizes))
         return Lift(
-            scope, dict(self.bounds), self.at_product, self.opaque, dict(self.visited), dict(self.leaves),
-            dict(self.stops), dict(self.rows), set(self.indices),
+            scope, dict(self.bounds), self.at_product, self.opaque, self.condenses, dict(self.visited),
+            dict(self.leaves), dict(self.stops), dict(self.rows), set(self.indices),
         )  # fmt: skip
 
     # --- entry --------------------------------------------------------------------------------

@@ -274,7 +274,9 @@ class Emitter:
         rank, kept = len(nodes.shape(capture)), captured_dims(capture)
         if not kept:
             return self.call("reshape", capture, (1,))
-        return capture if len(kept) == rank else self.call("squeeze", capture, tuple({*range(rank)} - {*kept}))
+        return (
+            capture if len(kept) == rank else self.call("squeeze", capture, tuple({*range(rank)} - {*kept}))
+        )
 
     def made(self, x: Any) -> Any:
         """What a recipe makes: a node, or the number that a length is."""
