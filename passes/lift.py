@@ -32,7 +32,7 @@ from flashfuse.passes.tables import Capture, Table
 MAX_PROGRAM_NODES = 400
 """A score larger than this is better computed by the graph itself."""
 
-MAX_CAPTURE_RANK = 4
+MAX_CAPTURE_RANK = 8
 """Dimensions of a captured tensor that the kernels take."""
 
 _THROUGH = (

@@ -75,7 +75,13 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
     rank = max((_rank(c) for c in _captured(site)), default=0)
     if rank > MAX_CAPTURE_RANK:
         return Left(
-            site, (Reason("capture_rank", f"a captured tensor has {rank} dimensions, the kernels take 4"),)
+            site,
+            (
+                Reason(
+                    "capture_rank",
+                    f"a captured tensor has {rank} dimensions, at most {MAX_CAPTURE_RANK} are read",
+                ),
+            ),
         )
     selection = dispatch.select(site.shape, site.program, site.dropout_p, device)
     if isinstance(selection, Reason):

@@ -92,15 +92,18 @@ def prove_replacement(
     site = dict(site_nodes(region))
     numbered = (*site, *replacement.graph.nodes)
     sizes = shrink(region.shape, numbered, seed)
+    small = _is_small(region)
     try:
         done = _drawn(region, replacement, site, sizes, seed, draws, model)
     except NotProvable:
         raise
     except Exception as error:
-        # A number was read as a size that is none, or the other way round.
-        if not _is_small(region):
+        if not small:
             problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise NotProvable(f"the site does not run at smaller sizes: {problem}") from error
+        done = []
+    if small and not (done and not done[-1].difference):
+        # A number was read as a size that is none, or the other way round: the real sizes decide.
         sizes = unchanged(numbered)
         done = _drawn(region, replacement, site, sizes, seed, draws, model)
     return _certificate(region, sizes, done, (time.perf_counter() - started) * 1e3)

@@ -502,10 +502,10 @@ def _embedding(draw: Draw, weight: FieldTensor, indices: Tensor, *_: Any) -> Val
 
 @rule("embedding_dense_backward")
 def _embedding_backward(draw: Draw, grad: FieldTensor, indices: Tensor, rows: int, *_: Any) -> Value:
-    g = grad.value
-    flat = g.p.reshape(-1, g.p.shape[-1])
-    total = torch.zeros((rows, flat.shape[1]), dtype=torch.int64)
-    return Value(draw, total.index_add(0, indices.reshape(-1), flat) % draw.p)
+    g = grad.value.map(lambda t: t.reshape(-1, grad.shape[-1]))
+    nothing = Value(draw, torch.zeros((rows, grad.shape[-1]), dtype=torch.int64))
+    summands = (FieldTensor.of(v, grad.dtype, grad.via) for v in (nothing, g))
+    return RULES["index_add"](draw, next(summands), 0, indices.reshape(-1), next(summands))
 
 
 @rule("constant_pad_nd")
@@ -538,7 +538,8 @@ def _adds_up(name: str) -> Rule:
     def run(draw: Draw, x: Any, *args: Any, **kwargs: Any) -> Value:
         a = _value(draw, x).exponent_only()
         values = [y.value if isinstance(y, FieldTensor) else y for y in args]
-        if any(isinstance(y, Value) and y.has_levels for y in values) or a.has_levels:
+        added = [a, *(y for y in values if isinstance(y, Value))]
+        if any(bool((v.level.nan_to_num(0.0) != 0).any()) for v in added if v.level is not None):
             raise NotProvable(f"`{name}` of masked scores")
 
         def part(pick: Callable[[Value], Tensor], modulus: int) -> Tensor:
@@ -549,9 +550,17 @@ def _adds_up(name: str) -> Rule:
 
         has_q = a.q is not None and all(y.q is not None for y in values if isinstance(y, Value))
         q = part(lambda v: v.exponent(), draw.q) if has_q else None
-        return Value(draw, part(lambda v: v.p, draw.p), q)
+        level = None
+        if any(v.level is not None for v in added):
+            # What NaN is added to is NaN.
+            level = torch.where(part(_nans, draw.p) > 0, math.nan, 0.0).double()
+        return Value(draw, part(lambda v: v.p, draw.p), q, level)
 
     return run
+
+
+def _nans(v: Value) -> Tensor:
+    return torch.zeros_like(v.p) if v.level is None else v.level.isnan().expand(v.p.shape).long()
 
 
 for _name in ("cumsum", "index_put", "_index_put_impl", "index_add", "scatter_add", "scatter"):

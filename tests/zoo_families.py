@@ -281,7 +281,11 @@ def triangle_to_the_ending_node(q, k, v, bias):
     return torch.einsum("bhjik,bkjhd->bijhd", softmax(scores), v)
 
 
-@left("rows", "capture_rank", inputs=lambda: alignment((B, 3, 2, S, S)))
+@fused(
+    "rows",
+    "s + bias[b // 3, b % 3, h, q, kv] else nan",
+    inputs=lambda: alignment((B, 3, 2, S, S)),
+)
 def a_bias_for_every_row(q, k, v, bias):
     q, k, v = (t.transpose(-2, -3) for t in (q, k, v))
     return softmax((q * SCALE) @ k.transpose(-1, -2) + bias) @ v
