@@ -18,7 +18,7 @@ from flashfuse.options import Options
 from flashfuse.passes import nodes
 from flashfuse.passes.find import find_regions
 from flashfuse.passes.inline import inline
-from flashfuse.passes.plan import Fuse, Left, SitePlan, plan
+from flashfuse.passes.plan import Fuse, Left, SitePlan, loads_full, plan
 from flashfuse.passes.region import AttentionRegion
 from flashfuse.passes.rewrite import copy_graph_module, rewrite
 from flashfuse.report import Report, SiteCheck, SiteReport
@@ -112,6 +112,7 @@ def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
     refused = (
         [(n, r) for n, r in plan.selection.refused if r.code != "device"] if isinstance(plan, Fuse) else []
     )
+    full = loads_full(region)
     return SiteReport(
         name=region.name,
         status="fused" if fused else "left",
@@ -127,6 +128,8 @@ def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
         variant=plan.selection.variant.name if isinstance(plan, Fuse) else "",
         notes=(*region.notes, *(f"{name} not used: {r.message}" for name, r in refused)),
         check=check,
+        loads_full=tuple(name for name, given in full.items() if not given),
+        given_full=tuple(name for name, given in full.items() if given),
     )
 
 

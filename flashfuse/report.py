@@ -125,6 +125,9 @@ class SiteReport:
         source: the user's line.
         variant: the kernels that run it; empty for a site left alone.
         notes: assumptions that the rewrite rests on.
+        loads_full: captures that hold something for every pair of a query and a key, [.., Sq, Skv], and that
+            the graph builds.
+        given_full: such captures that the model hands over: inputs, parameters and views of them.
     """
 
     name: str
@@ -141,6 +144,8 @@ class SiteReport:
     variant: str = ""
     notes: tuple[str, ...] = ()
     check: SiteCheck | None = None
+    loads_full: tuple[str, ...] = ()
+    given_full: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -357,6 +362,9 @@ def _facts_of(site: SiteReport) -> Iterable[tuple[str, str]]:
     yield from _reasons_of(site)
     for note in site.notes:
         yield "note", note
+    if site.loads_full or site.given_full:
+        given = [f"{name} (given)" for name in site.given_full]
+        yield "matrices", ", ".join((*site.loads_full, *given)) + ": loaded for every query and key"
     if site.check is not None:
         yield from _proof_of(site.check)
 

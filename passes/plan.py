@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from flashfuse.kernels import dispatch
+from flashfuse.kernels import expr as E
 from flashfuse.kernels.spec import Reason
-from flashfuse.passes import nodes
+from flashfuse.passes import dialect, nodes
 from flashfuse.passes.lift import MAX_CAPTURE_RANK, captured_dims
+from flashfuse.passes.nodes import same
 from flashfuse.passes.region import AttentionRegion, NearMiss
 from flashfuse.passes.tables import Capture, Table, device_of, dtype_of, sizes_of
 
@@ -93,8 +96,50 @@ def _captured(region: AttentionRegion) -> list[Capture]:
     return [region.scope.captures[name] for name in region.program.captures]
 
 
+def loads_full(region: AttentionRegion) -> dict[str, bool]:
+    """Captures that hold something for every pair of a query and a key, and whether the model gave them.
+
+    False: the graph builds the [.., Sq, Skv] tensor.
+    """
+    s, found = region.shape, {}
+    if any(same(n, 1) for n in (s.q_len, s.kv_len)):
+        return {}
+    for e in (region.program.score, region.program.mask):
+        for load in E.walk(e) if e is not None else ():
+            if load.op != "load":
+                continue
+            capture = region.scope.captures[load.args[0]]
+            sizes = _indexed_sizes(capture) or (1,)
+            used: set[str] = set()
+            total: Any = 1
+            for i, size in zip(load.operands, sizes, strict=True):
+                own = E.variables(i) & {"q", "kv"}
+                if own and not any(n.op == "load" for n in E.walk(i)):
+                    used |= own
+                    total = total * size
+            if used == {"q", "kv"} and same(total, s.q_len * s.kv_len):
+                found[load.args[0]] = not isinstance(capture, Table) and _is_given(capture)
+    return found
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a tensor is an input or a parameter, perhaps viewed or cast."""
+    while True:
+        op = dialect.read(node)
+        if op is None or op.name not in dialect.VIEWS | dialect.CASTS or not isinstance(op.input, fx.Node):
+            return node.op in ("placeholder", "get_attr")
+        node = op.input
+
+
+def _indexed_sizes(capture: Capture) -> tuple[Any, ...]:
+    """Sizes of the dimensions that a program indexes."""
+    if isinstance(capture, Table):
+        return capture.shape
+    return tuple(nodes.shape(capture)[d] for d in captured_dims(capture))
+
+
 def _rank(capture: Capture) -> int:
-    return len(captured_dims(capture)) if not isinstance(capture, Table) else len(sizes_of(capture))
+    return len(_indexed_sizes(capture))
 
 
 def _nbytes(capture: Capture) -> Any:

@@ -130,9 +130,7 @@ def _gather(lift: Lift, source: fx.Node, items: Sequence[Any], index: Index) -> 
         position = lift.simplify(lift.operand(t, head))
         low, high = lift.interval(position)
         if _is_data(position):
-            # PyTorch raises where such a position is out of range, and counts negative ones from the end.
-            end = E.add(position, lift.size(size))
-            position = E.where(E.compare("<", position, const(0)), end, position)
+            position = _from_end(lift, position, size)
         elif low is None or low < 0:
             # A negative index would count from the end.
             raise NotLiftable("indexing by positions that are not known to be at least 0")
@@ -140,6 +138,12 @@ def _gather(lift: Lift, source: fx.Node, items: Sequence[Any], index: Index) -> 
             raise NotLiftable("indexing by positions that are not known to be in range")
         positions.append(const(0) if same(size, 1) else position)
     return lift.element(source, (*positions, *tail))
+
+
+def _from_end(lift: Lift, position: Expr, size: Size) -> Expr:
+    """A position of which a negative one counts from the end; PyTorch raises where it is out of range."""
+    end = E.add(position, lift.size(size))
+    return E.where(E.compare("<", position, const(0)), end, position)
 
 
 def _is_data(e: Expr) -> bool:
@@ -156,13 +160,16 @@ def _embedding(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
 
 @_rule("gather", "take_along_dim", "index_select")
 def _selected(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
-    """Elements that an integer tensor selects along one dimension, with the errors of ``embedding``."""
+    """Elements that integers select along one dimension; ``take_along_dim`` alone takes negative ones."""
     source, sizes = op.input, shape(op.input)
     if not isinstance(op.args.get("dim"), int) or not sizes:
         raise NotLiftable(f"`{op.name}` without a dimension")
     d = dimension(op.args["dim"], len(sizes))
     place = index[d : d + 1] if op.name == "index_select" else index
     position = lift.simplify(lift.operand(op.args["index"], place))
+    low, _ = lift.interval(position)
+    if op.name == "take_along_dim" and (low is None or low < 0):
+        position = lift.simplify(_from_end(lift, position, sizes[d]))
     at = (*index[:d], position, *index[d + 1 :])
     if op.name == "take_along_dim":
         at = tuple(const(0) if same(n, 1) else i for i, n in zip(at, sizes, strict=True))

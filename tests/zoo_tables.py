@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from zoo import DYNAMO, H, S, fused, left, qkv, randn, softmax
+from zoo import DYNAMO, B, H, S, fused, left, qkv, randn, softmax
 
 # --- distances ---------------------------------------------------------------------------------
 
@@ -30,7 +31,7 @@ def distances() -> Tensor:
     return torch.arange(S)[None, :] - torch.arange(S)[:, None]
 
 
-def with_table(*sizes: int):
+def with_table(*sizes: int) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: (*qkv(), randn(*sizes))
 
 
@@ -57,3 +58,42 @@ def bucketed_scores(q, k, v, weight):
     scores = q @ k.transpose(-1, -2)
     bias = F.embedding(bucket(scores.long()), weight).sum(-1)
     return softmax(scores + bias) @ v
+
+
+# --- selected by position ------------------------------------------------------------------------
+
+
+def products_and_index(low: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (*qkv(), randn(B, H, S, 5), torch.randint(low, 5, (S, S)))
+
+
+@fused("selected", "s + c[b, h, q, d[q, kv]] else nan", inputs=products_and_index(0), captures=DYNAMO)
+def gathered(q, k, v, by_bucket, index):
+    bias = torch.gather(by_bucket, -1, index.expand(B, H, S, S))
+    return softmax(q @ k.transpose(-1, -2) + bias) @ v
+
+
+@fused(
+    "selected", "s + c[b, h, q, where(d[q, kv] < 0, d[q, kv] + 5, d[q, kv])] else nan",
+    inputs=products_and_index(-5), captures=DYNAMO,
+)  # fmt: skip
+def taken_along(q, k, v, by_bucket, index):
+    """Negative positions count from the end here, which ``gather`` does not take."""
+    bias = torch.take_along_dim(by_bucket, index[None, None], -1)
+    return softmax(q @ k.transpose(-1, -2) + bias) @ v
+
+
+@fused(
+    "selected", "s + c[where(d[q, kv] < 0, d[q, kv] + 9, d[q, kv]), h] else nan",
+    inputs=lambda: (*qkv(), randn(9, H), torch.randint(-9, 9, (S, S))), captures=DYNAMO,
+)  # fmt: skip
+def window_bias(q, k, v, table, index):
+    bias = table[index.view(-1)].view(S, S, -1).permute(2, 0, 1)
+    return softmax(q @ k.transpose(-1, -2) + bias[None]) @ v
+
+
+@left("selected", inputs=products_and_index(0), captures=DYNAMO)
+def sorted_scores(q, k, v, by_bucket, index):
+    """The scores themselves are gathered."""
+    scores = torch.gather(q @ k.transpose(-1, -2), -1, index.expand(B, H, S, S))
+    return softmax(scores) @ v

@@ -97,3 +97,16 @@ def test_a_table_is_read_by_the_stored_index():
     tensors, programs = program_of(swin, image)
     assert all("relative_position_bias_table[" in program for program in programs)
     assert not [t for t in tensors if t.shape[-3:] in ((2, 16, 16), (4, 16, 16), (16, 16, 2), (16, 16, 4))]
+
+
+def test_the_report_names_matrices():
+    def attend(q, k, v, bias, mask):
+        built = (bias @ bias.mT).tanh()
+        return torch.softmax(q @ k.mT + built + mask[None, None], -1) @ v
+
+    q, k, v = torch.randn(3, 2, 4, SEQ, 16).unbind(0)
+    report = flashfuse.explain(attend, q, k, v, torch.randn(4, SEQ, 8), torch.randn(SEQ, SEQ))
+    (site,) = report.sites
+    assert len(site.loads_full) == 1
+    assert len(site.given_full) == 1
+    assert "loaded for every query and key" in str(report)

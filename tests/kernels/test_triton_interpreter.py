@@ -32,6 +32,8 @@ CASES = """
     dict(program="s*0.158 + bias[b, 0, q, kv]", sizes=(2, 2, 33, 40), captures=hostile_bias),
     dict(program="s*0.158 + slope[h]*(kv - q)", sizes=(1, 2, 33, 40), captures=lambda *n: [torch.rand(n[1])],
          grads=(0,), dtype=torch.float16, dropout_p=0.1),
+    dict(program="s*0.158 + t[where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv]), h]", sizes=(1, 2, 33, 40),
+         captures=lambda b, h, sq, skv: [torch.randn(9, h), torch.randint(-9, 9, (sq, skv))], grads=(0,)),
     dict(program="s*0.158 + bias[h]", sizes=(1, 2, 33, 1), captures=lambda *n: [torch.rand(n[1])],
          grads=(0,)),
     dict(program="s*x[b, kv // 3]*0.1 where doc[b, q] == doc[b, kv] else zero", sizes=(2, 2, 33, 33),
