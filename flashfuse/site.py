@@ -21,7 +21,7 @@ from flashfuse.passes import dialect, nodes
 from flashfuse.passes.plan import Fuse
 from flashfuse.passes.region import AttentionRegion
 from flashfuse.passes.rewrite import Emitter
-from flashfuse.proof.key import BESIDE, cut_nodes, site_nodes
+from flashfuse.proof.key import BESIDE, FACTOR, cut_nodes, site_nodes
 from flashfuse.report import CheckItem
 
 # --- the user's nodes ---------------------------------------------------------------------------
@@ -162,17 +162,24 @@ class Site:
         if kind.cancels:
             q, k, v, captures, ints = self.arguments(kind.inputs)[:5]
             found = magnitudes(q, k, v, captures, ints, self.program, self.weights)
+            found |= {name: found["out"] for name in self.names if FACTOR.match(name)}
             return found | {name: found[name[0]] for name in self.names if BESIDE.match(name)}
         if self.program.sink is not None and not self.program.sink.is_const:
             # A sum over rows of P_sink · Σ P dP, each of which is rounded, and which cancel each other.
             q, k, v, captures, ints = self.arguments(kind.inputs)[:5]
             sizes = magnitudes(q, k, v, captures, ints, self.program, of_scores=False)
             return {n: sizes[n] for n in differentiable_loads(self.program.sink) if n in sizes}
+        found = {}
+        if kind.flushes and any(FACTOR.match(name) for name in self.names):
+            # A sum of outputs, each of which is rounded to a multiple of the smallest number.
+            q, _, v = self.arguments(kind.inputs)[:3]
+            size = q[..., 0].numel() * v.shape[-1] * torch.finfo(self.computed_in).smallest_normal
+            found = {name: size for name in self.names if FACTOR.match(name)}
         if kind.flushes and any(device.type == "cuda" for device in devices_of(kind.inputs)):
             # A few products below the smallest normal number, each taken for 0.
             size = 4 * torch.finfo(torch.float32).smallest_normal / torch.finfo(self.computed_in).eps
-            return dict.fromkeys(("out", *self.weights, *self.names), size)
-        return {}
+            return dict.fromkeys(("out", *self.weights, *self.names), size) | found
+        return found
 
     def random_inputs(self, draws: Mapping[str, Draw] | None = None) -> list[Any]:
         """Real inputs like the examples; ``draws`` says by name how some are drawn."""

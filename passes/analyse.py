@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,6 +46,33 @@ class Masked:
     added: int = 0
     blocked: frozenset[str] = frozenset()
     open: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Weights that are set to 0 after the softmax.
+
+    Attributes:
+        kept: where they are not; ``None``: those that are NaN.
+        by_factor: they are multiplied by 0, so that NaN stays NaN.
+    """
+
+    kept: Expr | None
+    by_factor: bool
+
+
+def implied(mask: Expr | None, kept: Expr) -> bool:
+    """Whether ``kept`` holds wherever ``mask`` does."""
+    return (mask is not None and _conditions(kept) <= _conditions(mask)) or kept == E.TRUE
+
+
+def _conditions(e: Expr) -> frozenset[Any]:
+    """What must hold for ``e`` to hold, in no order."""
+    return frozenset(map(_unordered, e.operands if e.op == "and" else (e,)))
+
+
+def _unordered(e: Expr) -> Any:
+    return (e.op, frozenset(map(_unordered, e.operands))) if e.op in ("and", "or") else e
 
 
 def _is_mask_value(e: Expr, lowest: float) -> bool:
@@ -125,12 +153,14 @@ def program(
     shape: AttentionShape,
     safe: bool,
     sink: Sink | None = None,
+    removals: Sequence[Removal] = (),
 ) -> ScoreProgram | Reason:
     """The program of a lifted score, and of a sink beside it.
 
     Args:
         dtype: that of the tensor handed to the softmax.
         safe: the softmax gives 0 for rows of −inf (SDPA), not NaN.
+        removals: what becomes of the weights, in this order.
     """
     masked = split(score, torch.finfo(dtype).min)
     clean = lift.simplify(masked.score)
@@ -171,9 +201,44 @@ def program(
     else:
         dead = _dead_rows(masked, _receivers(clean, lift))
     logit = None if sink is None else sink.logit
+    finite = -math.inf not in masked.fills
+    dead, mixed = _dead_rows_after(dead, removals, None if has_keys else mask, finite)
+    if isinstance(dead, Reason) and mixed:
+        return dead
     if isinstance(dead, Reason):
         return _with_minima_as_numbers(score, dtype, masked, lift, logit) or dead
     return ScoreProgram(clean, mask, dead, logit)
+
+
+def _dead_rows_after(
+    dead: DeadRows | Reason, removals: Sequence[Removal], mask: Expr | None, finite: bool
+) -> tuple[DeadRows | Reason, bool]:
+    """The rule for rows without a key once weights are set to 0 after the softmax; whether they mix rules.
+
+    Where ``mask`` allows a key, the weights that are removed are those that it forbids, and 0 anyway.
+
+    Args:
+        mask: ``None`` where it leaves each row a key.
+        finite: what the mask forbids is a finite minimum, so no weight and no gradient is NaN.
+    """
+    if dead == "nan" and any(r.kept is None for r in removals):
+        return "zero", False
+    if dead in ("none", "zero") or mask is None or (isinstance(dead, Reason) and not finite):
+        return dead, False
+    # NaN is not removed by a factor of 0.
+    kept = E.logical_and(
+        *(r.kept for r in removals if r.kept is not None and not (r.by_factor and dead == "nan"))
+    )
+    if kept == E.TRUE or not implied(mask, kept):
+        return dead, False
+    if implied(kept, mask):
+        return "zero", False
+    message = (
+        f"after the softmax weights are kept only where `{kept}`: of a row in which the mask `{mask}` allows "
+        "no key, some are 0 and some are not"
+    )
+    hint = "remove them by the same condition as the scores"
+    return Reason("dead_rows_unclear", message, hint=hint), True
 
 
 def _with_minima_as_numbers(

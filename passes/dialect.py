@@ -84,6 +84,8 @@ _SIGNATURES: dict[str, str] = {
     "or": "input other",
     "xor": "input other",
     "not": "input",
+    "isnan": "input",
+    "nan_to_num": "input nan posinf neginf",
     "where": "condition input other",
     "masked_fill": "input mask value",
     "tril": "input diagonal",

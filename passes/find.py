@@ -7,7 +7,8 @@ of q and k in it.  Layout and axes follow from the indices; no spelling is assum
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx
@@ -17,16 +18,16 @@ from flashfuse.kernels.expr import KV, B, Expr, H, Q, S, const
 from flashfuse.kernels.spec import AVERAGING, Reason, differentiable_loads
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.dialect import Op
-from flashfuse.passes.indices import Index, NotLiftable, source_index
+from flashfuse.passes.indices import Index, NotLiftable
 from flashfuse.passes.lift import Lift
 from flashfuse.passes.near_miss import near_misses, scores_like, why_not_a_product
 from flashfuse.passes.nodes import Memory, Size, same, shape
-from flashfuse.passes.operands import Operand, copies, is_view
+from flashfuse.passes.operands import Operand, copies
 from flashfuse.passes.products import Reading, Rows, readings, reads
 from flashfuse.passes.region import AttentionRegion, Frame, NearMiss, Refused, Weights, assemble, frames
 from flashfuse.passes.rules import SUMMED, contraction
 from flashfuse.passes.sinks import Sink, cut_column, without_shift
-from flashfuse.passes.softmax import softmax_above
+from flashfuse.passes.weights_path import Path, follow, gates, handed_out, removals, softmax_above
 
 
 def find_regions(graph: fx.Graph) -> tuple[AttentionRegion | NearMiss, ...]:
@@ -178,7 +179,8 @@ class WeightedSum(Candidate):
             for node, index in ((product.a, product.a_index), (product.b, product.b_index))
         ]
         (weights, w_index), (v, v_index) = sides if self.side == "a" else sides[::-1]
-        chain, index, dropout_p, dropped = self._follow(weights, w_index, lift)
+        path = follow(weights, w_index, self.found, lift)
+        index = path.index
         total, cut = shape(self.found.input)[self.found.dim], None
         along = E.contains(index[self.found.dim], KV) or same(product.length, 1)
         if along and not same(product.length, total):
@@ -198,42 +200,21 @@ class WeightedSum(Candidate):
             raise Refused(Reason("softmax_axis", "the key index also appears outside the softmax axis"))
         beside = self._beside(cut, index)
         # The weights that something else uses are computed without a sink.
-        handed = self._handed_out(chain, index, dropped, lift) if beside is None else {}
-        region = _region(
-            self, frame, self.found.input, index, Operand(v, v_index), chain, dropout_p, memory, live,
-            self.found.zero_dead_rows, handed, beside,
-        )  # fmt: skip
+        handed = handed_out(path, self.found, lift) if beside is None else {}
+        region = _region(self, frame, path, Operand(v, v_index), memory, live, handed, beside)
         # A stored mask can hold finite minima as well, of which nothing is known here.
         may_average = region.program.dead_rows in AVERAGING or bool(
             differentiable_loads(region.program.score)
         )
         if region.program.sink is not None and region.program.sink.is_const:
             may_average = False
+        # What is NaN in a dead row stays NaN in its gradients, whatever becomes of it.
+        may_average = may_average or (bool(path.steps) and region.program.dead_rows == "zero")
         if not self.found.shifted and may_average:
             message = "this softmax does not give the mean in a row of equal finite minima"
             hint = "subtract the row's maximum first, or use torch.softmax"
             raise Refused(Reason("dead_rows_unclear", message, nodes.source(self.found.output), hint))
         return region
-
-    def _handed_out(
-        self, chain: Sequence[fx.Node], index: Index, dropped: Weights | None, lift: Lift
-    ) -> dict[fx.Node, Weights | None]:
-        """For each node from the softmax on: the weights to compute where something else uses it.
-
-        What follows the softmax, or the dropout, is made from those by the user's own nodes.  ``None``:
-        nothing stands for it, such as the keep mask.  Other nodes may stay as they are.
-        """
-        plain = _whole(Weights(self.found.output, index, False), lift)
-        at = chain.index(dropped.node) + 1 if dropped is not None else 0
-        handed: dict[fx.Node, Weights | None] = {}
-        if plain is not None:
-            handed = {n: plain for n in chain if n not in self.softmax or n is self.found.output}
-        if dropped is not None:
-            handed |= dict.fromkeys(chain[:at], _whole(dropped, lift))
-            pair = dialect.read(chain[at]) if at < len(chain) else None
-            if pair is not None and pair.name == "native_dropout":
-                handed[chain[at]] = None
-        return handed
 
     def _beside(self, cut: Expr | None, index: Index) -> tuple[fx.Node | float, Index] | None:
         """What is summed beside the scores at ``index``: a column that is cut off, or a term of the sum."""
@@ -243,81 +224,6 @@ class WeightedSum(Candidate):
                 raise Refused(Reason("sink", "a column is cut off, and the sum has another term"))
             return self.found.input, (*index[:dim], cut, *index[dim + 1 :])
         return None if sink is None else (sink, (*index[:dim], const(0), *index[dim + 1 :]))
-
-    def _follow(
-        self, weights: fx.Node, index: Index, lift: Lift
-    ) -> tuple[list[fx.Node], Index, float, Weights | None]:
-        """From the operand of the product up to the softmax: nodes passed, index there, dropout.
-
-        The last result is what dropout makes of the weights.
-        """
-        chain: list[fx.Node] = []
-        dropout_p, dropped = 0.0, None
-        node = weights
-        while node is not self.found.output:
-            chain.append(node)
-            op = dialect.read(node)
-            assert op is not None
-            if node in lift.opaque:
-                raise Refused(
-                    Reason(
-                        "weights_path",
-                        f"`{node.name}` is written to later, or lets no gradient through",
-                        nodes.source(node),
-                    )
-                )
-            if op.name == "getitem" and isinstance(nodes.value(op.input), tuple):
-                node = op.input
-                continue
-            if op.name in ("dropout", "native_dropout"):
-                p = nodes.constant(op.get("p", 0.5))
-                if op.get("training", True) and p != 0:
-                    if dropout_p:
-                        raise Refused(Reason("two_dropouts", "the weights are dropped out twice"))
-                    if not isinstance(p, (int, float)) or not 0 <= p < 1:
-                        raise Refused(Reason("dropout", f"dropout with p={p}"))
-                    names: set[str] = set().union(*(E.variables(e) for e in index))
-                    if any(
-                        not same(n, 1)
-                        for name, n in lift.bounds.items()
-                        if name in {"b", "h", "q", "kv"} - names
-                    ):
-                        raise Refused(Reason("dropout", "several weights share one draw of the dropout"))
-                    sizes = [n for e, n in zip(index, shape(op.input), strict=True) if E.contains(e, KV)]
-                    if not all(same(n, lift.bounds["kv"]) for n in sizes):
-                        message = "dropout draws for the sink's column too, before it is cut off"
-                        hint = "cut the column off before the dropout"
-                        raise Refused(Reason("dropout", message, nodes.source(node), hint))
-                    dropout_p = float(p)
-                    dropped = Weights(node if op.name == "dropout" else chain[-2], index, True)
-                node = op.input
-                continue
-            if op.name in dialect.CASTS:
-                after = nodes.tensor(node)
-                if after is None or not after.dtype.is_floating_point:
-                    dtype = "something else" if after is None else str(after.dtype).removeprefix("torch.")
-                    raise Refused(
-                        Reason("weights_path", f"the weights are cast to {dtype}", nodes.source(node))
-                    )
-                node = op.input
-                continue
-            try:
-                moved = source_index(lift, node, op, index)
-            except NotLiftable as stop:
-                raise Refused(Reason("weights_path", f"between softmax and product: {stop}")) from None
-            if moved is None:
-                raise Refused(
-                    Reason("weights_path", f"`{op.name}` between softmax and product", nodes.source(node))
-                )
-            node, index = op.input, moved
-        return [*chain, *self.softmax], index, dropout_p, dropped
-
-
-def _whole(weights: Weights, lift: Lift) -> Weights | None:
-    """``weights``, where each of b, h, q, kv has one of its own there."""
-    sizes = [lift.bounds[name] for name in E.INDEX_VARS]
-    complete = same(nodes.product(shape(weights.node)), nodes.product(sizes))
-    return weights if complete and is_view(Operand(weights.node, weights.index), lift) else None
 
 
 _COLUMN = E.var("e")
@@ -417,28 +323,37 @@ class SdpaCall(Candidate):
 def _region(
     candidate: WeightedSum,
     frame: Frame,
-    scores: fx.Node,
-    index: Index,
+    path: Path,
     v: Operand,
-    chain: list[fx.Node],
-    dropout_p: float,
     memory: Memory,
     live: set[fx.Node],
-    zero_dead_rows: bool,
-    handed_out: Mapping[fx.Node, Weights | None],
+    handed: Mapping[fx.Node, Weights | None],
     beside: tuple[fx.Node | float, Index] | None,
 ) -> AttentionRegion:
-    """The region whose softmax normalises ``scores`` at ``index``, and sums what is ``beside`` them."""
+    """The region whose softmax is at the end of ``path``, and sums what is ``beside`` the scores."""
     refused: list[Refused] = []
-    for reading in readings(frame.lift, scores, index):
+    found, node = candidate.found, candidate.node
+    scores, chain = found.input, [*path.chain, *candidate.softmax, *path.beside]
+    for reading in readings(frame.lift, scores, path.index):
         frame.lift = reading.lift
         try:
             _check_products(reading, frame, scores)
             score, sink = _unshifted(candidate, reading, scores, beside)
-            return assemble(
-                candidate.node, frame, reading.products, v, score, _dtype(scores), chain, dropout_p,
-                memory, live, zero_dead_rows, handed_out, sink,
+            removed = removals(path.steps, reading.lift)
+            region = assemble(
+                node, frame, reading.products, v, score, _dtype(scores), chain, path.dropout_p, memory, live,
+                found.zero_dead_rows, handed, sink, tuple(removed.values()),
             )  # fmt: skip
+            factors = gates(path.steps, removed, region.program.mask, region.shape, reading.lift)
+            unscaled = None
+            if path.dropout is not None and path.unscaled is not None:
+                unscaled = (path.dropout, path.unscaled)
+            region = dataclasses.replace(region, gates=factors, unscaled=unscaled)
+            changed = next((n for n in region.factors if memory.loads_change(n, node)), None)
+            if changed is not None:
+                message = f"`{changed.name}` is written to between its use and the product with v"
+                raise Refused(Reason("mutation", message, nodes.source(changed)))
+            return region
         except Refused as refusal:
             refused.append(refusal)
     raise refused[-1]

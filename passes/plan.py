@@ -66,7 +66,7 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
     if isinstance(site, NearMiss):
         return Left(site, site.reasons)
     device = nodes.value(site.output).device
-    devices = {device_of(c) for c in (*(o.node for o in site.operands), *_captured(site))}
+    devices = {device_of(c) for c in (*(o.node for o in site.operands), *_captured(site), *site.factors)}
     if devices != {device}:
         return Left(
             site, (Reason("device", f"the site mixes devices: {', '.join(sorted(map(str, devices)))}"),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import fx
@@ -33,6 +34,19 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A factor of the weights that the output or v takes instead.
+
+    ``index`` is over ``b h q`` or ``b h kv``; it is empty for a number.  ``divides``: it is their divisor.
+    """
+
+    node: fx.Node | float
+    index: Index
+    onto: Literal["out", "v"]
+    divides: bool = False
+
+
+@dataclass(frozen=True)
 class AttentionRegion:
     """One site: what it computes and which nodes it stands for."""
 
@@ -58,6 +72,14 @@ class AttentionRegion:
     """Rows of further products, laid beside those of q and of k: pairs of them."""
     weights: tuple[Weights, ...] = ()
     """Weights that something else uses: the site computes them too."""
+    gates: tuple[Gate, ...] = ()
+    unscaled: tuple[fx.Node, fx.Node] | None = None
+    """Where dropout follows a factor: its node, and the weights without the factor, for which it draws."""
+
+    @property
+    def factors(self) -> tuple[fx.Node, ...]:
+        """The tensors among the gates."""
+        return tuple(g.node for g in self.gates if isinstance(g.node, fx.Node))
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
@@ -73,7 +95,8 @@ class AttentionRegion:
     def inputs(self) -> tuple[fx.Node, ...]:
         """The tensors that the site starts from: its operands and the captures."""
         captures = (self.scope.captures[name] for name in self.program.captures)
-        return (*(o.node for o in self.operands), *(leaf for c in captures for leaf in leaves(c)))
+        loads = (leaf for c in captures for leaf in leaves(c))
+        return (*(o.node for o in self.operands), *loads, *self.factors)
 
     def mapped(self, mapping: Mapping[fx.Node, fx.Node]) -> AttentionRegion:
         """The same site over the nodes of another graph that hold the same values."""
@@ -83,9 +106,12 @@ class AttentionRegion:
             captures[name] = capture.mapped(mapping) if isinstance(capture, Table) else mapping[capture]
         q, k, v, *rest = (Operand(mapping[o.node], o.index) for o in self.operands)
         beside = tuple(zip(rest[::2], rest[1::2], strict=True))
-        return dataclasses.replace(
-            self, scope=dataclasses.replace(self.scope, captures=captures), q=q, k=k, v=v, beside=beside
+        gates = tuple(
+            dataclasses.replace(g, node=mapping[g.node]) if isinstance(g.node, fx.Node) else g
+            for g in self.gates
         )
+        scope = dataclasses.replace(self.scope, captures=captures)
+        return dataclasses.replace(self, scope=scope, q=q, k=k, v=v, beside=beside, gates=gates)
 
 
 @dataclass(frozen=True)
@@ -186,8 +212,12 @@ def assemble(
     zero_dead_rows: bool,
     handed_out: Mapping[fx.Node, Weights | None] | None = None,
     sink: Sink | None = None,
+    removals: Sequence[analyse.Removal] = (),
 ) -> AttentionRegion:
-    """The site that ends in ``node``; ``handed_out`` says what stands for weights used elsewhere."""
+    """The site that ends in ``node``; ``handed_out`` says what stands for weights used elsewhere.
+
+    ``removals`` are the weights that are set to 0 after the softmax.
+    """
     lift = frame.lift
     columns = lift.bounds["d"]
     chain_nodes = dict.fromkeys(chain)
@@ -202,7 +232,7 @@ def assemble(
     shape_ = _shape(frame, rows, v, node)
     if not score_dtype.is_floating_point:
         raise Refused(Reason("dtype", f"the scores are {str(score_dtype).removeprefix('torch.')}"))
-    program = analyse.program(score, score_dtype, lift, shape_, zero_dead_rows, sink)
+    program = analyse.program(score, score_dtype, lift, shape_, zero_dead_rows, sink, removals)
     if isinstance(program, Reason):
         raise Refused(program)
     operands = [o.node for o in (q, k, v, *(o for pair in rows for o in pair))]
@@ -274,7 +304,7 @@ def _escaping(
                 message = f"`{n.name}` is written to by `{user.name}`, which is not understood"
                 raise Refused(Reason("mutation", message, where, "use the out-of-place form of the update"))
             if _reaches(user, {*lift.leaves, *inside}, memory, end):
-                message = f"what is normalised also depends on `{user.name}`, made from the scores themselves"
+                message = f"the site also depends on `{user.name}`, which is made from its own scores"
                 raise Refused(Reason("score_path", message, where))
             message = f"`{n.name}`, inside the site, is also used by `{user.name}`"
             if memory.written_after(n):

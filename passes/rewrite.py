@@ -183,6 +183,9 @@ class Emitter:
             seed, results = self.weights(region, variant)
         q, k = self.queries_and_keys(region)
         v = self.bhsd(region.v, KV, s.batch, s.num_q_heads, s.num_kv_heads, s.dtype)
+        v = self.scaled(v, region, "v")
+        if nodes.value(v).dtype != s.dtype:
+            v = self.call("to", v, s.dtype)
         captures = [self.capture(region.scope.captures[name]) for name in program.captures]
         holders = [(n, d) for n in (q, k, v, *captures) for d in range(len(nodes.shape(n)))]
         ints = [self.size(region.scope.ints[name], holders) for name in program.ints]
@@ -195,9 +198,23 @@ class Emitter:
             torch.ops.flashfuse.attention.default,
             q, k, v, captures, ints, maps, seed, program.text, region.dropout_p, variant,
         )  # fmt: skip
-        out = self.call(operator.getitem, pair, 0)
+        out = self.scaled(self.call(operator.getitem, pair, 0), region, "out")
         results[region.output] = self.restore(out, region.output, region.out_index, SUMMED, region)
         return results
+
+    def scaled(self, x: fx.Node, region: AttentionRegion, onto: str) -> fx.Node:
+        """[B, H, S, D] times the factors of the weights that it takes."""
+        for gate in region.gates:
+            if gate.onto != onto:
+                continue
+            factor: Any = gate.node
+            if isinstance(factor, fx.Node):
+                factor = self.ordered(Operand(factor, gate.index), KV if onto == "v" else Q)
+                own, heads = nodes.shape(factor)[1], nodes.shape(x)[1]
+                if not nodes.same(own, 1) and not nodes.same(own, heads):
+                    factor = self.call("repeat_interleave", factor, heads // own, 1)
+            x = self.call("div" if gate.divides else "mul", x, factor)
+        return x
 
     def queries_and_keys(self, region: AttentionRegion) -> tuple[fx.Node, fx.Node]:
         """q [B, H, Sq, D] and k [B, H_kv, Skv, D]; rows of further products lie beside them."""
@@ -306,6 +323,18 @@ class Emitter:
         self, operand: Operand, row: Expr, batch: Any, heads: Any, own_heads: Any, dtype: torch.dtype
     ) -> fx.Node:
         """A view of ``operand`` as [B, own_heads, S, D]; ``dtype`` where autocast would have cast."""
+        node = self.ordered(operand, row)
+        present = nodes.shape(node)
+        if not nodes.same(present[0], batch):
+            node = self.call("expand", node, self.size(batch, self.batch_holders), -1, -1, -1)
+        if not nodes.same(present[1], own_heads):
+            node = self.call("repeat_interleave", node, heads // present[1], 1)
+        if nodes.value(node).dtype != dtype:
+            node = self.call("to", node, dtype)
+        return node
+
+    def ordered(self, operand: Operand, row: Expr) -> fx.Node:
+        """A view of ``operand`` with its own batch, heads, rows and columns, 1 of what it has none of."""
         node, labels = operand.node, list(operand.index)
         for dim, e in enumerate(labels):
             count = folded_heads_of(e)
@@ -330,13 +359,6 @@ class Emitter:
                 node = self.call("flatten", node, position, position + count - 1)
             elif count == 0:
                 node = self.call("unsqueeze", node, position)
-        present = nodes.shape(node)
-        if not nodes.same(present[0], batch):
-            node = self.call("expand", node, self.size(batch, self.batch_holders), -1, -1, -1)
-        if not nodes.same(present[1], own_heads):
-            node = self.call("repeat_interleave", node, heads // present[1], 1)
-        if nodes.value(node).dtype != dtype:
-            node = self.call("to", node, dtype)
         return node
 
     def restore(

@@ -66,7 +66,7 @@ def _with_zero_dead_rows(node: fx.Node, op: Op) -> Softmax | None:
     """``where(all(x == -inf), 0, softmax(x))``: what the inference dialect makes of ``_safe_softmax``."""
     weights = op.args.get("other")
     plain = read_softmax(weights) if isinstance(weights, fx.Node) else None
-    if plain is None or plain.zero_dead_rows or not _is_zero(op.args.get("input")):
+    if plain is None or plain.zero_dead_rows or not is_zero(op.args.get("input")):
         return None
     parts: list[fx.Node] = []
     condition, dead = op.args.get("condition"), True
@@ -92,11 +92,14 @@ def _with_zero_dead_rows(node: fx.Node, op: Op) -> Softmax | None:
     return None
 
 
-def _is_zero(x: Any) -> bool:
+def is_zero(x: Any) -> bool:
     if not isinstance(x, fx.Node):
         return x == 0
-    lift = Lift(Scope(), {})
-    return nodes.tensor(x) is not None and lift.element(x, tuple(const(0) for _ in shape(x))) == const(0)
+    if nodes.tensor(x) is None:
+        return False
+    # What does not depend on where it is asked is the same everywhere.
+    e = Lift(Scope(), {}).element(x, tuple(E.var(f"o{d}") for d in range(len(shape(x)))))
+    return e.is_const and e.value == 0
 
 
 def _exponential_of_log(node: fx.Node, op: Op) -> Softmax | None:
@@ -254,29 +257,3 @@ def _dims(op: Op, rank: int) -> tuple[int, ...] | None:
     if any(not isinstance(d, int) or isinstance(d, bool) for d in dims):
         return None
     return tuple(d % rank for d in dims)
-
-
-_BETWEEN = (
-    {"contiguous", "clone", "dropout", "native_dropout", "repeat", "repeat_interleave", "getitem"}
-    | dialect.CASTS
-    | dialect.VIEWS
-) - {"detach"}
-"""What may stand between the softmax and the product with v."""
-
-
-def softmax_above(weights: fx.Node) -> Softmax | None:
-    """The softmax that ``weights`` come from through casts, dropout and index-only operations."""
-    node: Any = weights
-    while isinstance(node, fx.Node):
-        softmax = read_softmax(node)
-        if softmax is not None:
-            return softmax
-        op = dialect.read(node)
-        if op is None or op.name not in _BETWEEN:
-            return None
-        node = op.args.get("input")
-        if op.name == "getitem" and isinstance(node, fx.Node) and isinstance(nodes.value(node), tuple):
-            inner = dialect.read(node)
-            if inner is None or inner.name != "native_dropout" or op.args["index"] != 0:
-                return None
-    return None

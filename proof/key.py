@@ -20,19 +20,23 @@ from flashfuse.passes.tables import Table, leaves
 
 BESIDE = re.compile(r"[qk]_beside\d+$")
 """Names of the rows that are laid beside those of q and k."""
+FACTOR = re.compile(r"weights_factor\d+$")
+"""Names of the factors that the output or v takes."""
 
 
 def cut_nodes(region: AttentionRegion) -> dict[fx.Node, str]:
     """The tensors that the site starts from, named ``q k v`` and as the program names its captures.
 
-    What is laid beside q and k is ``q_beside1 k_beside1`` and so on.  A tensor that plays two parts has the
-    name of the first.  A table starts from the tensors it is made of, which keep their own names.
+    What is laid beside q and k is ``q_beside1 k_beside1`` and so on, factors of the weights are
+    ``weights_factor1`` and so on.  A tensor that plays two parts has the name of the first.  A table starts
+    from the tensors it is made of, which keep their own names.
     """
     parts = [("q", region.q.node), ("k", region.k.node), ("v", region.v.node)]
     for n, (q, k) in enumerate(region.beside, 1):
         parts += [(f"q_beside{n}", q.node), (f"k_beside{n}", k.node)]
     captures = {name: region.scope.captures[name] for name in region.program.captures}
     parts += [(name, c) for name, c in captures.items() if isinstance(c, fx.Node)]
+    parts += [(f"weights_factor{n}", node) for n, node in enumerate(region.factors, 1)]
     cut: dict[fx.Node, str] = {}
     for name, node in parts:
         cut.setdefault(node, name)
@@ -111,6 +115,7 @@ def site_key(plan: Fuse) -> tuple[Hashable, ...]:
         tuple(described), order, tuple(operands), tuple(captures), tuple(ints),
         _unnamed(program.text, (*program.captures, *program.ints)), tuple(map(str, region.out_index)),
         tuple((number.get(w.node), tuple(map(str, w.index)), w.dropped) for w in region.weights),
+        tuple((_literal(g.node, number), tuple(map(str, g.index)), g.onto, g.divides) for g in region.gates),
         str(region.shape), region.dropout_p, plan.selection.variant.name,
     )  # fmt: skip
 

@@ -167,7 +167,8 @@ class _Comparison:
         lengths = (sizes(region.shape.q_len), sizes(region.shape.kv_len))
         # Two blocks each way, the second one usually shorter.
         blocks = [self.random(-(-n // 2), max(n, 2)) for n in lengths]
-        self.runner = Runner(self.draw, sizes, (blocks[0], blocks[1]), model)
+        unscaled = dict([region.unscaled]) if region.unscaled is not None else {}
+        self.runner = Runner(self.draw, sizes, (blocks[0], blocks[1]), model, unscaled)
         self.names = cut_nodes(region)
         self.compared_names: list[str] = []
         self.wider: list[str] = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +31,14 @@ class Runner:
     Attributes:
         blocks: rows and columns of a block in the model of the kernels.
         model: that model; tests put broken ones in its place.
+        unscaled: for a dropout of weights that were scaled, the weights as they were.
     """
 
     draw: Draw
     shrink: Shrink
     blocks: tuple[int, int]
     model: type[Tiled] = Tiled
+    unscaled: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
     def run(self, graph_nodes: Iterable[fx.Node], env: Env) -> Any:
         """Adds every node's value to ``env``; returns the last one."""
@@ -60,7 +62,8 @@ class Runner:
         if op is not None and op.name in ("dropout", "native_dropout"):
             on = op.args.get("training", op.args.get("train")) is not False
             rate = nodes.constant(op.get("p", 0.5)) if on else 0.0
-            return self.dropped(env[op.input], rate, op.name == "native_dropout")
+            drawn_for = env[self.unscaled.get(node, op.input)]
+            return self.dropped(env[op.input], rate, op.name == "native_dropout", drawn_for)
         if op is not None and op.name == "scaled_dot_product_attention":
             return self.sdpa(op, env)
         if node.target is torch.randint:
@@ -90,13 +93,19 @@ class Runner:
 
     # --- what is not run as PyTorch runs it -----------------------------------------------------
 
-    def dropped(self, x: Tensor, rate: float, pair: bool) -> Any:
-        """Dropout, where an element is kept by a hash of itself: alike in original and replacement."""
-        if not isinstance(x, FieldTensor):
+    def dropped(self, x: Tensor, rate: float, pair: bool, drawn_for: Any = None) -> Any:
+        """Dropout, where an element is kept by a hash of itself: alike in original and replacement.
+
+        ``drawn_for`` is the element before it was scaled.
+        """
+        drawn_for = x if drawn_for is None else drawn_for
+        if not isinstance(x, FieldTensor) or not isinstance(drawn_for, FieldTensor):
             raise NotProvable("dropout of something that is no score")
         if not rate:
             return (x, torch.ones(x.shape, dtype=torch.bool)) if pair else x
-        keep = self.keep(x.value, rate)
+        if drawn_for.shape != x.shape:
+            raise NotProvable("dropout of something that is no score")
+        keep = self.keep(drawn_for.value, rate)
         # As PyTorch has it, by a product: NaN stays NaN.
         result = x * torch.where(keep, 1 / (1 - rate), 0.0)
         return (result, keep) if pair else result

@@ -352,8 +352,9 @@ def documents(q, k, v, pad):
 
 
 @left("padding", "weights_path", inputs=with_padding(torch.float32))
-def padding_times_the_weights(q, k, v, pad):
-    return (softmax(q @ k.transpose(-2, -1) * SCALE) * pad[:, None, None, :]) @ v
+def padding_of_queries_and_keys_times_the_weights(q, k, v, pad):
+    pairs = pad[:, None, :, None] * pad[:, None, None, :]
+    return (softmax(q @ k.transpose(-2, -1) * SCALE) * pairs) @ v
 
 
 @fused("padding", "s*0.25 + extended[b, 0, 0, kv] else nan", inputs=with_padding(torch.float32))

@@ -507,7 +507,7 @@ def keep_mask_returned(q, k, v):
     return dropped @ v, keep
 
 
-@left("weights", "weights_path", inputs=lambda: (*qkv(), randn(H, 1, 1)))
+@fused("weights", "s*0.25", inputs=lambda: (*qkv(), randn(H, 1, 1)))
 def weights_gated(q, k, v, gate):
     return (softmax(q @ k.transpose(-2, -1) * SCALE) * torch.sigmoid(gate)) @ v
 

@@ -16,6 +16,7 @@ import zoo_masks  # noqa: F401
 import zoo_scores  # noqa: F401
 import zoo_sinks  # noqa: F401
 import zoo_tables  # noqa: F401
+import zoo_weights  # noqa: F401
 from torch import fx
 
 from flashfuse import pipeline
