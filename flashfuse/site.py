@@ -159,27 +159,35 @@ class Site:
 
     def inherent(self, kind: InputSet) -> dict[str, float]:
         """By name: the size of what a fused kernel has to round, where that is larger than the result."""
+        found = self.sizes_of_sums(kind.inputs)
         if kind.cancels:
             q, k, v, captures, ints = self.arguments(kind.inputs)[:5]
-            found = magnitudes(q, k, v, captures, ints, self.program, self.weights)
+            found |= magnitudes(q, k, v, captures, ints, self.program, self.weights)
             found |= {name: found["out"] for name in self.names if FACTOR.match(name)}
             return found | {name: found[name[0]] for name in self.names if BESIDE.match(name)}
         if self.program.sink is not None and not self.program.sink.is_const:
             # A sum over rows of P_sink · Σ P dP, each of which is rounded, and which cancel each other.
             q, k, v, captures, ints = self.arguments(kind.inputs)[:5]
             sizes = magnitudes(q, k, v, captures, ints, self.program, of_scores=False)
-            return {n: sizes[n] for n in differentiable_loads(self.program.sink) if n in sizes}
-        found = {}
-        if kind.flushes and any(FACTOR.match(name) for name in self.names):
-            # A sum of outputs, each of which is rounded to a multiple of the smallest number.
-            q, _, v = self.arguments(kind.inputs)[:3]
-            size = q[..., 0].numel() * v.shape[-1] * torch.finfo(self.computed_in).smallest_normal
-            found = {name: size for name in self.names if FACTOR.match(name)}
+            return found | {n: sizes[n] for n in differentiable_loads(self.program.sink) if n in sizes}
         if kind.flushes and any(device.type == "cuda" for device in devices_of(kind.inputs)):
             # A few products below the smallest normal number, each taken for 0.
             size = 4 * torch.finfo(torch.float32).smallest_normal / torch.finfo(self.computed_in).eps
             return dict.fromkeys(("out", *self.weights, *self.names), size) | found
         return found
+
+    def sizes_of_sums(self, inputs: Sequence[Any]) -> dict[str, float]:
+        """For each factor of the weights: how far its gradient moves, which is a sum of n rounded outputs.
+
+        Roundings have independent signs, so by √n of them; the smallest numbers have one of their own.
+        """
+        factors = {n: x for n, x in zip(self.names, inputs, strict=True) if FACTOR.match(n)}
+        if not factors:
+            return {}
+        q, _, v = self.arguments(inputs)[:3]
+        rounded, least = float(v.square().mean().sqrt()), torch.finfo(self.computed_in).smallest_normal
+        terms = {n: q[..., 0].numel() * v.shape[-1] / max(1, x.numel()) for n, x in factors.items()}
+        return {name: math.sqrt(n) * rounded + n * least for name, n in terms.items()}
 
     def random_inputs(self, draws: Mapping[str, Draw] | None = None) -> list[Any]:
         """Real inputs like the examples; ``draws`` says by name how some are drawn."""
