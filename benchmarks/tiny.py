@@ -6,11 +6,13 @@ them small are tried in turn, and for each a few ways to feed the model, until o
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -79,7 +81,9 @@ def _model(kind: str, attention: str, dropout: float, sizes: Mapping[str, int]) 
         for name, value in list(vars(part).items()):
             if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
                 # Whole layers left out at random are another model each time.
-                setattr(part, name, 0.0 if "layer" in name or "path" in name else dropout)
+                rate = 0.0 if "layer" in name or "path" in name else dropout
+                with contextlib.suppress(StrictDataclassError):
+                    setattr(part, name, rate)
         for name, value in _NEEDED.items():
             if getattr(part, name, value) != value or (name == "prediction_length" and hasattr(part, name)):
                 setattr(part, name, value)
