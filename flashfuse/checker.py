@@ -15,10 +15,11 @@ import torch
 from flashfuse import repro
 from flashfuse.kernels.spec import Reason
 from flashfuse.numbers import check_graph, compare
+from flashfuse.passes import nodes
 from flashfuse.passes.plan import Fuse, Left, SitePlan
 from flashfuse.proof import prove
 from flashfuse.proof.certificate import Certificate, NotProvable
-from flashfuse.proof.key import site_key
+from flashfuse.proof.key import site_key, site_nodes
 from flashfuse.report import CheckItem, SiteCheck
 from flashfuse.site import extract
 
@@ -135,7 +136,9 @@ class _Done:
 def _not_comparable(plan: Fuse) -> str:
     """Why a site cannot be run on its own, or ``""``."""
     s = plan.region.shape
-    if not all(isinstance(n, int) for n in (s.batch, s.num_q_heads, s.q_len, s.kv_len, s.head_dim)):
+    inputs = [nodes.value(node) for node, leaf in site_nodes(plan.region) if leaf]
+    sizes = [n for x in inputs for n in (x.shape if isinstance(x, torch.Tensor) else (x,))]
+    if any(isinstance(n, torch.SymInt) for n in sizes):
         return "its sizes are symbolic"
     needed = 8 * 6 * math.prod((s.batch, s.num_q_heads, s.q_len, s.kv_len))
     return f"it would take {needed / 2**30:.0f} GiB" if needed > MAX_SITE_BYTES else ""

@@ -125,6 +125,17 @@ def live(graph: fx.Graph) -> set[fx.Node]:
     return seen
 
 
+def between(start: Container[fx.Node], end: fx.Node) -> set[fx.Node]:
+    """``end`` and the nodes that it is computed by from those in ``start``, which are not among them."""
+    pending, seen = [end], {end}
+    while pending:
+        for operand in pending.pop().all_input_nodes:
+            if operand not in seen and operand not in start:
+                seen.add(operand)
+                pending.append(operand)
+    return seen
+
+
 def name_in_place_results(graph: fx.Graph) -> None:
     """Let later readers of a tensor that was updated in place read the update's result.
 
@@ -226,13 +237,15 @@ class Memory:
         """Nodes that a site ending in ``end`` must not look through."""
         return self.opaque if end in self.without_gradient else self.opaque | self.without_gradient
 
-    def loads_change(self, node: fx.Node, end: fx.Node) -> bool:
-        """True when reading ``node`` at ``end`` may differ from reading it where the graph does."""
+    def loads_change(self, node: fx.Node, end: fx.Node, readers: Container[fx.Node]) -> bool:
+        """True when reading ``node`` at ``end`` may differ from reading it where ``readers`` do."""
         writes = [w for w in self._writes_after(node) if self.position[w] < self.position[end]]
-        return any(read < self.position[w] for w in writes for read in self._reads(node, end))
+        return bool(writes) and any(
+            read < self.position[w] for read in self._reads(node, end, readers) for w in writes
+        )
 
-    def _reads(self, node: fx.Node, end: fx.Node) -> list[int]:
-        """Where values of ``node`` are read, by itself or through views of it."""
+    def _reads(self, node: fx.Node, end: fx.Node, readers: Container[fx.Node]) -> list[int]:
+        """Where ``readers`` read values of ``node``, by itself or through views of it."""
         found, pending, seen = [], [node], {node}
         while pending:
             viewed = pending.pop()
@@ -240,7 +253,8 @@ class Memory:
                 if self.position[user] > self.position[end] or _overwrites(user, viewed):
                     continue
                 if not _is_view(user, viewed):
-                    found.append(self.position[user])
+                    if user in readers:
+                        found.append(self.position[user])
                 elif user not in seen:
                     seen.add(user)
                     pending.append(user)

@@ -243,7 +243,9 @@ def assemble(
             raise Refused(
                 Reason("score_path", f"`{leaf.name}` depends on the scores themselves", nodes.source(leaf))
             )
-    changed = [n for n in loads if memory.loads_change(n, node)]
+    # What something else read before a write, such as a cache's own update of itself, is not the site's.
+    readers = nodes.between(loads, node)
+    changed = [n for n in loads if memory.loads_change(n, node, readers)]
     read = lift.visited.keys() | chain_nodes.keys()
     changed += [n for n in (*interior, *masks) if n not in loads and memory.meaning_changes(n, node, read)]
     if changed:

@@ -24,7 +24,7 @@ from flashfuse.passes.tables import sizes_of
 from flashfuse.proof.certificate import Certificate, NotProvable
 from flashfuse.proof.key import cut_nodes, site_nodes
 from flashfuse.proof.run import Env, Runner
-from flashfuse.proof.shrink import Shrink, shrink, unchanged
+from flashfuse.proof.shrink import Shrink, Symbols, shrink, unchanged
 from flashfuse.proof.tensor import SOFTMAX, FieldTensor, bits_of
 from flashfuse.proof.tiled import Tiled
 from flashfuse.proof.value import Draw, Value
@@ -32,6 +32,16 @@ from flashfuse.proof.value import Draw, Value
 DRAWS = 2
 MAX_UNSHRUNK = 1 << 16
 """Scores of a site that is proved at its own sizes where smaller ones do not work."""
+UNRELATED = 4
+"""Draws of symbolic sizes in any order before those of the trace are taken."""
+
+
+class DoesNotRun(Exception):
+    """Inside the proof: the user's own nodes raise at the sizes drawn."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -91,10 +101,9 @@ def prove_replacement(
     started = time.perf_counter()
     site = dict(site_nodes(region))
     numbered = (*site, *replacement.graph.nodes)
-    sizes = shrink(region.shape, numbered, seed)
     small = _is_small(region)
     try:
-        done = _drawn(region, replacement, site, sizes, seed, draws, model)
+        sizes, done = _at_smaller_sizes(region, replacement, site, numbered, seed, draws, model)
     except NotProvable:
         raise
     except Exception as error:
@@ -107,6 +116,32 @@ def prove_replacement(
         sizes = unchanged(numbered)
         done = _drawn(region, replacement, site, sizes, seed, draws, model)
     return _certificate(region, sizes, done, (time.perf_counter() - started) * 1e3)
+
+
+def _at_smaller_sizes(
+    region: AttentionRegion,
+    replacement: Replacement,
+    site: Mapping[fx.Node, bool],
+    numbered: Sequence[fx.Node],
+    seed: int,
+    draws: int,
+    model: type[Tiled],
+) -> tuple[Shrink, list[_Comparison]]:
+    """The comparisons, and the sizes at which they were made.
+
+    A graph may need symbolic sizes to be in some order, or equal, which nothing says: a gather from a mask
+    that has a length of its own.  Where the user's nodes do not run others are drawn, and in the end
+    those of the trace, at which they did.
+    """
+    attempts: list[Symbols] = ["lengths", *(["any"] * UNRELATED), "hints"]  # type: ignore[list-item]
+    for i, symbols in enumerate(attempts):
+        sizes = shrink(region.shape, numbered, seed + i, symbols)
+        try:
+            return sizes, _drawn(region, replacement, site, sizes, seed, draws, model)
+        except DoesNotRun as error:
+            if not sizes.symbols or symbols == "hints":
+                raise error.reason from None
+    raise AssertionError("every attempt returns or raises")
 
 
 def _drawn(
@@ -186,8 +221,13 @@ class _Comparison:
         draw = self.draw
         with torch.inference_mode(False), torch.enable_grad():
             user: Env = dict(inputs)
-            self.runner.run(self.site, user)
-            original = self.with_gradients([user[n] for n in self.region.outputs], leaves)
+            try:
+                self.runner.run(self.site, user)
+                original = self.with_gradients([user[n] for n in self.region.outputs], leaves)
+            except NotProvable:
+                raise
+            except Exception as error:
+                raise DoesNotRun(error) from error
             before, draw.precision = draw.precision, {}
             env: Env = {here: inputs[node] for node, here in self.replacement.inputs.items()}
             self.runner.run(self.replacement.graph.nodes, env)
@@ -413,6 +453,8 @@ def _certificate(
         assumptions.append("the sink is far above what masks a score")
     if _real_positions(program) and smaller:
         assumptions.append("conditions on real functions of positions hold beyond the smaller sizes too")
+    if sizes.as_traced:
+        assumptions.append("symbolic sizes that were equal in the trace are equal")
     if any(c.not_compared for c in done):
         assumptions.append("gradients that are NaN in the original are not compared")
     difference = done[-1].difference

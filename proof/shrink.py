@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -52,6 +52,7 @@ class Shrink:
         positions: all other numbers, in order.
         symbols: symbolic size → what was drawn for it.
         kept: numbers that cannot change.
+        as_traced: symbolic sizes are equal, or in order, as in the trace.
     """
 
     small: dict[int, int]
@@ -60,6 +61,7 @@ class Shrink:
     positions: tuple[int, ...]
     symbols: dict[sympy.Symbol, int]
     kept: set[int] = field(default_factory=set)
+    as_traced: bool = False
     _known: dict[int, int] = field(default_factory=dict)
     _ops: dict[fx.Node, dialect.Op | None] = field(default_factory=dict)
 
@@ -142,11 +144,17 @@ def _is_integral(node: fx.Node) -> bool:
     return not any(t.is_floating_point() for t in tensors)
 
 
-def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int) -> Shrink:
+Symbols = Literal["lengths", "any", "hints"]
+"""How symbolic sizes are drawn: all different, those of q and k the longer ones; all different in any order;
+or related as they were when the graph was traced, equal ones equal."""
+
+
+def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int, symbols: Symbols = "lengths") -> Shrink:
     """A mapping for a site, given all nodes of original and replacement; ``seed`` draws symbolic sizes."""
     products, sums = dict(_products(shape, site)), dict(_sums(site))
+    hints = _hints(site) if symbols == "hints" else {}
     numbers = {n for node in site for n in _numbers(node)}
-    lengths = {n for n in (shape.q_len, shape.kv_len) if isinstance(n, int)}
+    lengths = {n for n in (shape.q_len, shape.kv_len, *hints.values()) if isinstance(n, int)}
     counted = _counted(site)
     small = {n: m for n, m in _small(shape, site).items() if n not in lengths and n not in counted}
     rest = sorted(n for n in numbers | lengths if n >= KEPT and n not in small and n not in products)
@@ -159,7 +167,11 @@ def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int) -> Shrink:
     rows = max((n for n in _rows(site) if n <= MAX_ROWS and n not in lengths), default=0)
     kept = {n for n in numbers if KEPT <= n <= rows and (n not in small or n in counted)}
     while True:
-        made = Shrink(small, products, sums, positions, _drawn(shape, site, seed), kept)
+        made = Shrink(small, products, sums, positions, {}, kept, symbols == "hints")
+        if symbols == "hints":
+            made.symbols.update({symbol: made(n) for symbol, n in hints.items()})
+        else:
+            made.symbols.update(_drawn(shape, site, seed, symbols))
         broken = [
             {n, *parts}
             for table, total in ((products, math.prod), (sums, sum))
@@ -215,22 +227,42 @@ def _rows(site: Sequence[fx.Node]) -> Iterator[int]:
             yield from (n for n in nodes.shape(source) if isinstance(n, int))
 
 
-def _drawn(shape: AttentionShape, site: Sequence[fx.Node], seed: int) -> dict[sympy.Symbol, int]:
+def _drawn(
+    shape: AttentionShape, site: Sequence[fx.Node], seed: int, symbols: Symbols
+) -> dict[sympy.Symbol, int]:
     """Random values for symbolic sizes, all different; longer ones for the lengths."""
-    found: dict[sympy.Symbol, None] = {}
-    for node in site:
-        sizes = nodes.shape(node) if nodes.tensor(node) is not None else (_number(node),)
-        for size in sizes:
-            if isinstance(size, sympy.Expr):
-                found.update(dict.fromkeys(sorted(size.free_symbols, key=str)))
     generator = torch.Generator().manual_seed(seed)
     lengths = [s for s in (shape.q_len, shape.kv_len) if isinstance(s, sympy.Expr)]
+    found = _symbols(site)
     drawn: dict[sympy.Symbol, int] = {}
     for symbol in found:
         long = any(symbol in s.free_symbols for s in lengths)
-        choice = [n for n in (range(9, 13) if long else range(2, 6)) if n not in drawn.values()]
+        among = range(9, 13) if long else range(2, 6)
+        if symbols == "any":
+            among = range(9, 12 + 2 * len(found))
+        choice = [n for n in among if n not in drawn.values()]
         drawn[symbol] = choice[int(torch.randint(len(choice), (), generator=generator))] if choice else 7
     return drawn
+
+
+def _symbols(site: Sequence[fx.Node]) -> dict[sympy.Symbol, torch.SymInt]:
+    """The symbols of the sizes of a site, each with a size that it is in."""
+    found: dict[sympy.Symbol, torch.SymInt] = {}
+    for node in site:
+        example = nodes.value(node)
+        sizes = example.shape if nodes.tensor(node) is not None else (example,)
+        for size in sizes:
+            expression = nodes.size_of(size) if isinstance(size, torch.SymInt) else 0
+            if isinstance(expression, sympy.Expr):
+                for symbol in sorted(expression.free_symbols, key=str):
+                    found.setdefault(symbol, size)
+    return found
+
+
+def _hints(site: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:
+    """The symbolic sizes of a site as they were when the graph was traced, where that is known."""
+    known = ((symbol, size.node.shape_env.backed_var_to_val) for symbol, size in _symbols(site).items())
+    return {symbol: int(values[symbol]) for symbol, values in known if symbol in values}
 
 
 def _number(node: fx.Node) -> Any:
@@ -333,6 +365,7 @@ def _as_sum(n: int, numbers: Sequence[int]) -> tuple[int, ...] | None:
     return None
 
 
-def unchanged(site: Iterable[fx.Node]) -> Shrink:
-    """The mapping that changes nothing, for static sizes."""
-    return Shrink({}, {}, {}, (), {}, kept={n for node in site for n in _numbers(node)})
+def unchanged(site: Sequence[fx.Node]) -> Shrink:
+    """The mapping that changes nothing; symbolic sizes are as in the trace."""
+    hints = _hints(site)
+    return Shrink({}, {}, {}, (), hints, {n for node in site for n in _numbers(node)}, bool(hints))

@@ -382,3 +382,47 @@ def keys_copied_before_they_are_filled(q, k, v):
     columns = keys.transpose(-2, -1).contiguous()
     keys[..., : D // 2].copy_(v[..., : D // 2])
     return softmax(q @ columns * SCALE) @ v, keys
+
+
+def with_cache():
+    """Two caches with room for S keys, one query, and the keys and values of one position."""
+    return (*qkv((B, H, 1, D)), randn(B, H, S, D), randn(B, H, S, D))
+
+
+@fused("cache", "s*0.25", inputs=with_cache, captures=("dynamo", "symbolic"))
+def cache_moved_by_one(q, k, v, keys, values):
+    moved_keys, moved_values = keys.roll(-1, -2), values.roll(-1, -2)
+    moved_keys[:, :, -1:], moved_values[:, :, -1:] = k, v
+    keys.copy_(moved_keys)
+    values.copy_(moved_values)
+    return softmax(q @ keys.transpose(-2, -1) * SCALE) @ values
+
+
+@fused("cache", "s*0.25", inputs=with_cache, captures=("dynamo", "symbolic"))
+def cache_written_at_an_index(q, k, v, keys, values):
+    at = torch.tensor([3])
+    keys.index_copy_(2, at, k)
+    values[:, :, at] = v
+    return softmax(q @ keys.transpose(-2, -1) * SCALE) @ values
+
+
+@fused("cache", "s*0.25", inputs=with_cache, captures=("dynamo", "symbolic"))
+def cache_read_by_something_else_before_it_is_written(q, k, v, keys, values):
+    before = keys.sum()
+    keys[:, :, 3:4] = k
+    return softmax(q @ keys.transpose(-2, -1) * SCALE) @ values, before
+
+
+@left("cache", "mutation", inputs=with_cache, captures=("dynamo", "symbolic"))
+def cache_of_keys_written_after_the_scores(q, k, v, keys, values):
+    weights = softmax(q @ keys.transpose(-2, -1) * SCALE)
+    keys.index_copy_(2, torch.tensor([3]), k)
+    values.index_copy_(2, torch.tensor([3]), v)
+    return weights @ values
+
+
+@left("cache", "mutation", inputs=with_cache, captures=("dynamo", "symbolic"))
+def cache_moved_after_the_scores(q, k, v, keys, values):
+    scores = q @ keys.transpose(-2, -1) * SCALE
+    keys.copy_(keys.roll(-1, -2))
+    return softmax(scores) @ values
