@@ -389,8 +389,9 @@ def with_cache():
     return (*qkv((B, H, 1, D)), randn(B, H, S, D), randn(B, H, S, D))
 
 
-@fused("cache", "s*0.25", inputs=with_cache, captures=("dynamo", "symbolic"))
+@fused("cache", "s*0.25", inputs=with_cache, captures=("dynamo",))
 def cache_moved_by_one(q, k, v, keys, values):
+    keys, values = keys.clone(), values.clone()
     moved_keys, moved_values = keys.roll(-1, -2), values.roll(-1, -2)
     moved_keys[:, :, -1:], moved_values[:, :, -1:] = k, v
     keys.copy_(moved_keys)
@@ -398,16 +399,18 @@ def cache_moved_by_one(q, k, v, keys, values):
     return softmax(q @ keys.transpose(-2, -1) * SCALE) @ values
 
 
-@fused("cache", "s*0.25", inputs=with_cache, captures=("dynamo", "symbolic"))
+@fused("cache", "s*0.25", inputs=with_cache, captures=("dynamo",))
 def cache_written_at_an_index(q, k, v, keys, values):
+    keys, values = keys.clone(), values.clone()
     at = torch.tensor([3])
     keys.index_copy_(2, at, k)
     values[:, :, at] = v
     return softmax(q @ keys.transpose(-2, -1) * SCALE) @ values
 
 
-@fused("cache", "s*0.25", inputs=with_cache, captures=("dynamo", "symbolic"))
+@fused("cache", "s*0.25", inputs=with_cache, captures=("dynamo",))
 def cache_read_by_something_else_before_it_is_written(q, k, v, keys, values):
+    keys, values = keys.clone(), values.clone()
     before = keys.sum()
     keys[:, :, 3:4] = k
     return softmax(q @ keys.transpose(-2, -1) * SCALE) @ values, before
@@ -415,6 +418,7 @@ def cache_read_by_something_else_before_it_is_written(q, k, v, keys, values):
 
 @left("cache", "mutation", inputs=with_cache, captures=("dynamo", "symbolic"))
 def cache_of_keys_written_after_the_scores(q, k, v, keys, values):
+    keys, values = keys.clone(), values.clone()
     weights = softmax(q @ keys.transpose(-2, -1) * SCALE)
     keys.index_copy_(2, torch.tensor([3]), k)
     values.index_copy_(2, torch.tensor([3]), v)
@@ -423,6 +427,7 @@ def cache_of_keys_written_after_the_scores(q, k, v, keys, values):
 
 @left("cache", "mutation", inputs=with_cache, captures=("dynamo", "symbolic"))
 def cache_moved_after_the_scores(q, k, v, keys, values):
+    keys, values = keys.clone(), values.clone()
     scores = q @ keys.transpose(-2, -1) * SCALE
     keys.copy_(keys.roll(-1, -2))
     return softmax(scores) @ values
