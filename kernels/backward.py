@@ -13,6 +13,8 @@ One kernel walks the queries of a tile of keys (dk, dv; it sums over the heads o
 keys of a tile of queries (dq, captures).  P is recomputed as 2^(x − lse).  A dead row has lse = +∞
 here, so that its weights vanish.  Where such rows attend to every key alike, the same kernels run
 once more as UNIFORM, over all tiles with a dead row: P is 1/Skv there, and 0 in other rows.
+
+A sink is in lse, and so in P and delta; its own gradient follows from them on the host (``sinks.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import LOG2E, dot_add, keep_draw
+from flashfuse.kernels.device_math import LOG2E, dot_add, keep_draw, sink_of_rows
 from flashfuse.kernels.forward import load_rows, tile_start
 
 HUGE_LSE: tl.constexpr = tl.constexpr(4096.0)
@@ -72,16 +74,17 @@ def backward_rows(  # type: ignore[no-untyped-def]
     Q, K, V, DOut, Lse, Norm, Delta, Seed, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh,
     sgs,
     H, GROUP, Sq, Skv, threshold, drop_scale,
-    SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr, EXACT: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    EXACT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Row sums again from the scores: norm = log2 of the weights' sum and, if EXACT, delta = Σ P dP.
 
-    Norm is 0 but for the rounding of lse.  It matters where lse cannot hold it: at a row maximum of
-    −3.4e38 (a finite mask over every key) float32 drops the ``ln l`` of lse = m + ln l, and the sum is
-    l.  Unless EXACT, only such rows are summed.  ``Lse`` is that of ``backward_prepare``; a FOLDED
-    program has no norm.
+    The sink's weight is in the sum, and has no dP.  Norm is 0 but for the rounding of lse.  It matters
+    where lse cannot hold it: at a row maximum of −3.4e38 (a finite mask over every key) float32 drops
+    the ``ln l`` of lse = m + ln l, and the sum is l.  Unless EXACT, only such rows are summed.  ``Lse`` is
+    that of ``backward_prepare``; a FOLDED program has no norm.
     """
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
@@ -134,6 +137,9 @@ def backward_rows(  # type: ignore[no-untyped-def]
                     keep = keep_draw(seed, bh, first, start, BM, BN) >= threshold
                     dp = tl.where(keep, dp * drop_scale, 0.0)
                 weighted += tl.sum(p * dp, 1)
+        if SINK is not None:
+            sink = sink_of_rows(b, h, rows, Sq, Skv, ptrs, nums, SINK, FOLDED, BM)
+            total += _weights(sink, lse, norm, Skv, FOLDED, False)
         norm = tl.where(live, tl.log2(total), 0.0)
         if EXACT:
             tl.store(Delta + at, weighted / total, mask=live)

@@ -84,6 +84,7 @@ class Generated:
 
     Attributes:
         score: the score in natural units, or times log2(e) where ``folded``.
+        sink: the sinks of rows, in natural units.
         scale: c where the score is exactly ``s*c`` with c > 0, so that no score code is needed.
         dscale: the derivative of the score by ``s`` where it is constant; else ``dscore`` is set.
         accumulate: adds the gradients of the wanted captures into their float32 buffers.
@@ -93,6 +94,7 @@ class Generated:
 
     score: Any
     mask: Any
+    sink: Any
     dscore: Any
     accumulate: Any
     scale: float | None
@@ -111,8 +113,9 @@ def generate(
 ) -> Generated:
     """The functions of ``program`` over captures of these types.
 
-    ``grads`` lists the captures whose gradient is wanted, with the types of their buffers.  Without
-    ``fold`` the scores are as exact as float32 allows, at more cost: natural units, a precise tanh.
+    ``grads`` lists the captures of the score whose gradient is wanted, with the types of their buffers;
+    a sink's gradient is made on the host.  Without ``fold`` the scores are as exact as float32 allows, at
+    more cost: natural units, a precise tanh.
     """
     names = Names(program, captures, precise=not fold)
     score, mask = program.score, program.mask
@@ -122,12 +125,14 @@ def generate(
     dscale = float(slope.value) if slope.is_const else None
     functions = [_score_function(_in_base_2(score) if folded else score, names)]
     functions.append(_function("mask_mod", mask, names) if mask is not None else "")
+    functions.append(_function("sink_mod", program.sink, names) if program.sink is not None else "")
     functions.append(_function("dscore_mod", slope, names) if dscale is None else "")
     functions.append(_accumulate_function(program, grads, names) if grads else "")
     module = load_module("\n\n".join(f for f in functions if f))
     return Generated(
         score=module.score_mod,
         mask=getattr(module, "mask_mod", None),
+        sink=getattr(module, "sink_mod", None),
         dscore=getattr(module, "dscore_mod", None),
         accumulate=getattr(module, "accumulate", None),
         scale=scale,
@@ -180,6 +185,7 @@ def is_moderate(score: Expr, kinds: Mapping[str, str]) -> bool:
 # --- functions --------------------------------------------------------------------------------
 
 _PARAMETERS = "b, h, q, kv, Sq, Skv, ptrs, nums"
+_SINK_PARAMETERS = "b, h, q, Sq, Skv, ptrs, nums"
 _PREAMBLE = """\
 import triton
 import triton.language as tl
@@ -234,7 +240,7 @@ def _function(name: str, body: Expr, names: Names) -> str:
     value = printer.as_kind(body, "bool" if name == "mask_mod" else "float")
     if name == "mask_mod" and body.is_const:
         value = f"kv {'>=' if body.value else '<'} 0"
-    parameters = _PARAMETERS if name == "mask_mod" else f"s, {_PARAMETERS}"
+    parameters = {"mask_mod": _PARAMETERS, "sink_mod": _SINK_PARAMETERS}.get(name, f"s, {_PARAMETERS}")
     return render(name, parameters, [*printer.lines, f"return {value}"])
 
 

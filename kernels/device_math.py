@@ -54,6 +54,19 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def sink_of_rows(  # type: ignore[no-untyped-def]
+    b, h, rows, Sq, Skv, ptrs, nums, SINK: tl.constexpr, BASE_2: tl.constexpr, BM: tl.constexpr
+):
+    """[BM] float32: the sinks of ``rows``, in units of log 2 where BASE_2."""
+    sink = SINK(b, h, rows, Sq, Skv, ptrs, nums) + tl.zeros([BM], tl.float32)
+    if BASE_2:
+        # The largest numbers must not become infinite: only −inf is no sink.
+        used = tl.minimum(tl.maximum(sink, -2.3e38), 2.3e38) * LOG2E
+        sink = tl.where(tl.abs(sink) < float("inf"), used, sink)
+    return sink
+
+
+@triton.jit
 def sigmoid(x):  # type: ignore[no-untyped-def]
     return 1.0 / (1.0 + tl.exp(-x))
 

@@ -76,8 +76,6 @@ def _refuse_triton(
         return Reason("device", f"the Triton kernels run on cuda, the site is on {device.type}")
     if shape.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return Reason("dtype", f"the Triton kernels take bfloat16, float16 and float32, not {shape.dtype}")
-    if program.sink is not None:
-        return Reason("sink", "the Triton kernels have no sinks yet")
     for name, size in (("head_dim", shape.head_dim), ("v_head_dim", shape.v_head_dim)):
         if not isinstance(size, int) or size % 8 or not 8 <= size <= 256:
             return Reason("head_dim", f"the Triton kernels take {name} of 8, 16, …, 256, not {size}")

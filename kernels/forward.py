@@ -6,6 +6,8 @@ For one tile of BM query rows, over tiles of BN keys, with x = score(q·k, …) 
     l  = alpha l + rowsum p     acc = alpha acc + drop(p) v
     out = acc / l               lse = ln 2 · m + ln l
 
+A sink is one more x of the row, after the last tile, with which no v comes.
+
     q [B, H, Sq, D]   k [B, H_kv, Skv, D]   v [B, H_kv, Skv, DV]   out [B, H, Sq, DV]   lse [B, H, Sq]
 
 Strides along b, h and s come in units of 8 elements, which tells the compiler that rows are
@@ -18,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import LN2, LOG2E, dot_add, keep_draw
+from flashfuse.kernels.device_math import LN2, LOG2E, dot_add, keep_draw, sink_of_rows
 
 UNSPECIALIZED = [
     "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sob", "soh", "sos",
@@ -110,7 +112,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
     Q, K, V, Out, Lse, Map, Seed, DeadMean, ptrs, nums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sob, soh, sos,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale,
-    SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, DEAD: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -182,6 +184,20 @@ def attention_forward(  # type: ignore[no-untyped-def]
                     threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True,
                     PRECISION,
                 )  # fmt: skip
+
+    if SINK is not None:
+        sink = sink_of_rows(b, h, q_rows, Sq, Skv, ptrs, nums, SINK, SCALE is not None or FOLDED, BM)
+        m_new = tl.maximum(m, sink)
+        m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
+        if SCALE is not None or FOLDED:
+            p = tl.exp2(sink - m_used)
+            alpha = tl.exp2(m - m_used)
+        else:
+            p = tl.exp2((sink - m_used) * LOG2E)
+            alpha = tl.exp2((m - m_used) * LOG2E)
+        l = l * alpha + p
+        acc = acc * alpha[:, None]
+        m = m_new
 
     # Not m = −inf: a row of NaN scores is not dead.
     dead = l == 0.0

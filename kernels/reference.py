@@ -48,7 +48,7 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
         if op == "load":
             source = env[node.args[0]]
             assert isinstance(source, Tensor)
-            indices = [torch.as_tensor(visit(i), device=source.device) for i in node.operands]
+            indices = [as_tensor(visit(i), source.device) for i in node.operands]
             return source[tuple(indices)]
         values = [visit(a) for a in node.operands]
         if op in ("+", "*", "/", "//", "%", "min", "max"):
@@ -71,10 +71,7 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
             return COMPARISONS[op](values[0], values[1])
         device = next((v.device for v in values if isinstance(v, Tensor)), None)
         # A choice between two numbers must not be one of float32, whatever it is multiplied by later.
-        tensors = [
-            torch.as_tensor(v, dtype=torch.float64 if isinstance(v, float) else None, device=device)
-            for v in values
-        ]
+        tensors = [as_tensor(v, device, torch.float64 if isinstance(v, float) else None) for v in values]
         if op in ("min", "max"):
             return (torch.minimum if op == "min" else torch.maximum)(tensors[0], tensors[1])
         if op == "where":
@@ -91,6 +88,13 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
         return _FUNCTIONS[op](tensors[0].double())
 
     return visit(e)
+
+
+def as_tensor(value: Value, device: torch.device | None, dtype: torch.dtype | None = None) -> Tensor:
+    """``value`` as a tensor, made on ``device``: a CUDA graph can record it, a copy of a number not."""
+    if isinstance(value, Tensor):
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    return torch.full((), value, device=device, dtype=dtype)
 
 
 def _truth(t: Tensor) -> Tensor:

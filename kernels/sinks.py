@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import walk
-from flashfuse.kernels.reference import environment, evaluate
+from flashfuse.kernels.reference import as_tensor, environment, evaluate
 from flashfuse.kernels.spec import ScoreProgram
 
 Sizes = tuple[int, int, int, int]
@@ -29,7 +29,7 @@ def logits(
     """The sink of every row, [B, H, Sq] in the dtype and on the device of ``like``."""
     assert program.sink is not None
     value = evaluate(program.sink, _environment(program, captures, ints, sizes, like))
-    found = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    found = as_tensor(value, like.device, like.dtype)
     return found.expand(*sizes[:3], 1)[..., 0]
 
 
@@ -67,9 +67,9 @@ def gradients(
             continue
         name = load.args[0]
         total = found.setdefault(name, torch.zeros(named[name].shape, dtype=delta.dtype, device=delta.device))
-        by_load = torch.as_tensor(evaluate(derivative(program.sink, load), env), device=delta.device)
+        by_load = as_tensor(evaluate(derivative(program.sink, load), env), delta.device)
         gradient = torch.where(slope == 0, 0, slope * by_load)
-        places = [torch.as_tensor(evaluate(i, env), device=delta.device) for i in load.operands]
+        places = [as_tensor(evaluate(i, env), delta.device) for i in load.operands]
         shape = torch.broadcast_shapes(*(p.shape for p in places))
         shape = (1,) * (4 - len(shape)) + tuple(shape)
         # Summed first over what the index does not depend on, so that few elements are scattered.

@@ -7,7 +7,9 @@ program) and kept, so that a call is a look-up, the allocations and the launches
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -15,12 +17,12 @@ import torch
 from torch import Tensor
 
 from flashfuse.kernels import backward as backward_kernels
-from flashfuse.kernels import block_map, configs, dropout
+from flashfuse.kernels import block_map, configs, dropout, sinks
 from flashfuse.kernels.codegen import LOG2E, CaptureType, Generated, capture_type, generate
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward
 from flashfuse.kernels.launch import Launch, Launches, launch, on_device
 from flashfuse.kernels.ops import BLOCK, empty_bhsd
-from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram
+from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram, differentiable_loads
 
 
 def forward(
@@ -77,14 +79,9 @@ def backward(
     do = do.to(q.dtype)
     site = _site(q, k, v, captures, ints, seed, program, dropout_p, do, out, wanted)
     dq, dk, dv = empty_bhsd(q, q.shape), empty_bhsd(k, k.shape), empty_bhsd(v, v.shape)
-    sums = tuple(torch.zeros(captures[i].shape, dtype=torch.float32, device=q.device) for i in wanted)
     if site.is_empty:
-        return [
-            dq.zero_(),
-            dk.zero_(),
-            dv.zero_(),
-            *(s.to(captures[i].dtype) for s, i in zip(sums, wanted, strict=True)),
-        ]
+        return [dq.zero_(), dk.zero_(), dv.zero_(), *(torch.zeros_like(captures[i]) for i in wanted)]
+    sums = tuple(torch.zeros(captures[i].shape, dtype=torch.float32, device=q.device) for i in site.of_score)
     q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
     do, out = site.rows(do, 3), site.rows(out, 4)
     lse = lse.contiguous()
@@ -108,7 +105,10 @@ def backward(
         if site.uniform:
             make = functools.partial(site.make_dq, dq, sums, None, True)
             run("uniform_dq", aligned, make, q, k, v, do, dq, used, delta, norm, None, seed, ptrs, sums)
-    return [dq, dk, dv, *(s.to(captures[i].dtype) for s, i in zip(sums, wanted, strict=True))]
+        totals = dict(zip(site.of_score, sums, strict=True))
+        for i, gradient in site.sink_gradients(captures, ints, lse, delta, norm).items():
+            totals[i] = totals[i] + gradient if i in totals else gradient
+    return [dq, dk, dv, *(totals[i].to(captures[i].dtype) for i in wanted)]
 
 
 def dropout_mask(seed: Tensor, dropout_p: float, sizes: tuple[int, int, int, int]) -> Tensor:
@@ -183,7 +183,7 @@ class _Site:
         self.group = self.heads // self.kv_heads if self.kv_heads else 1
         self.program = program
         if program.mask is not None and program.mask.is_const and program.mask.value:
-            self.program = ScoreProgram(program.score, None, program.dead_rows)
+            self.program = dataclasses.replace(program, mask=None)
         self.d_pad, self.dv_pad = _padded(self.dim), _padded(self.v_dim)
         self.even = self.q_len % BLOCK == 0 and self.kv_len % BLOCK == 0
         self.dropout = dropout_p > 0
@@ -201,10 +201,14 @@ class _Site:
         ]
         types, numbers = _typed(captures)
         self.nums = (*(n for s in numbers for n in s), *ints)
-        buffers = [torch.empty(captures[i].shape, device="meta") for i in wanted]
+        of_score = differentiable_loads(program.score)
+        of_sink = frozenset() if program.sink is None else differentiable_loads(program.sink)
+        self.of_sink = tuple(i for i in wanted if program.captures[i] in of_sink)
+        self.of_score = tuple(i for i in wanted if program.captures[i] not in of_sink - of_score)
+        buffers = [torch.empty(captures[i].shape, device="meta") for i in self.of_score]
         buffer_types, buffer_numbers = _typed(buffers)
         self.gnums = tuple(n for s in buffer_numbers for n in s)
-        grads = tuple(zip(wanted, buffer_types, strict=True))
+        grads = tuple(zip(self.of_score, buffer_types, strict=True))
         self.code: Generated = generate(self.program, types, grads, self.precision != "ieee")
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
         self.launches = Launches()
@@ -265,7 +269,7 @@ class _Site:
         numbers = (
             *(self.nums, *self.strides[0], *self.strides[1], *self.strides[2], *out),
             *(*self._lengths, *_map_strides(kv_map), *self._drop),
-            *(code.score, code.mask, self._scale, code.folded, *self._dims),
+            *(code.score, code.mask, code.sink, self._scale, code.folded, *self._dims),
             *(BLOCK, self.even, self.dropout, dead, self.precision, config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
@@ -295,7 +299,8 @@ class _Site:
         config = self.config("dq")
         numbers = (
             *(self.nums, *self._four_strides, *self._lengths, *self._drop),
-            *(code.score, code.mask, self._scale, code.folded, self.sums_rows_exactly, *self._dims),
+            *(code.score, code.mask, code.sink, self._scale, code.folded),
+            *(self.sums_rows_exactly, *self._dims),
             *(self.dropout, self.precision, config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
@@ -337,7 +342,7 @@ class _Site:
         code = self.code
         config = self.config("dq")
         accumulate = code.accumulate
-        if self.kv_len == 1 or (uniform and self.program.dead_rows == "uniform_s"):
+        if self._is_constant or (uniform and self.program.dead_rows == "uniform_s"):
             accumulate = None
         numbers = (
             *(
@@ -360,11 +365,32 @@ class _Site:
         return (*self.strides[0], *self.strides[1], *self.strides[2], *self.strides[3])
 
     @property
-    def _dscale(self) -> float:
+    def _is_constant(self) -> bool:
         # The weight of a single key is the constant 1: rounding must not make a gradient of it.
-        if self.kv_len == 1:
+        return self.kv_len == 1 and self.program.sink is None
+
+    @property
+    def _dscale(self) -> float:
+        if self._is_constant:
             return 0.0
         return 1.0 if self.code.dscale is None else self.code.dscale
+
+    def sink_gradients(
+        self, captures: Sequence[Tensor], ints: Sequence[int], lse: Tensor, delta: Tensor, norm: Tensor | None
+    ) -> dict[int, Tensor]:
+        """By position: the float32 gradients of the wanted captures that the sink reads."""
+        if not self.of_sink:
+            return {}
+        sizes = (self.batch, self.heads, self.q_len, self.kv_len)
+        exponent = sinks.logits(self.program, captures, ints, sizes, lse) - lse
+        if norm is not None:
+            exponent = exponent - norm * math.log(2)
+        # No weight is above 1; the kernels have the largest sinks a little smaller than they are.
+        weight = torch.where(lse == float("-inf"), 0, exponent.clamp(max=0).exp())
+        names = self.program.captures
+        wanted = [names[i] for i in self.of_sink]
+        found = sinks.gradients(self.program, captures, ints, sizes, weight, delta, wanted)
+        return {i: found[names[i]] for i in self.of_sink}
 
     def dead_gradients(
         self, do: Tensor, lse: Tensor, aligned: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any

@@ -62,6 +62,16 @@ def hostile_bias(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
     return [bias]
 
 
+def sinks(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
+    """[H]"""
+    return [torch.randn(h)]
+
+
+def hostile_sinks(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
+    """[H]: absent, far below, far above, and two ordinary ones."""
+    return [torch.tensor([-torch.inf, -1e4, 1e4, 0.3, -2.0, torch.finfo(torch.float32).min])[:h]]
+
+
 def run_case(implementation: Any, case: Case, device: str, seed: int = 0) -> None:
     """Forward, backward and capture gradients of ``case`` against float64 under the rule."""
     from tolerance import assert_equal_under_rule  # a helper beside this one, loaded after it

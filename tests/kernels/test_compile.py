@@ -23,6 +23,8 @@ SITES = {
     "dropout 64": {"text": CAUSAL, "dropout_p": 0.1},
     "softcap 128": {"text": "tanh(s*0.02)*50.0 where kv <= q and kv > q - 4096", "dim": 128},
     "bias 64": {"text": "s*0.125 + bias[0, h, q, kv]", "captures": [(1, 4, 300, 300)], "length": 300},
+    "sinks 64": {"text": f"{CAUSAL} sink sinks[h]", "captures": [(4,)]},
+    "sinks 128": {"text": f"{CAUSAL} sink sinks[h]", "captures": [(4,)], "dim": 128},
     "float32 64": {"text": CAUSAL, "dtype": F32},
 }
 FEW_BYTES = 128
@@ -30,7 +32,7 @@ FEW_BYTES = 128
 ALLOWED = {("backward_dkdv", "causal 256", 90): 2048}
 """Spills more and is still the fastest of all that were measured."""
 RUNS = [(name, 90) for name in SITES] + [
-    (name, c) for name in ("causal 128", "dropout 64") for c in (80, 100)
+    (name, c) for name in ("causal 128", "dropout 64", "sinks 64") for c in (80, 100)
 ]
 
 

@@ -4,9 +4,19 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import Case, documents, hostile_bias, left_pad, right_pad, run_case
+from kernel_cases import (
+    Case,
+    documents,
+    hostile_bias,
+    hostile_sinks,
+    left_pad,
+    right_pad,
+    run_case,
+    sinks,
+)
 from tolerance import assert_equal_under_rule
 
+from flashfuse.kernels import block_map
 from flashfuse.kernels.spec import ScoreProgram
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device")
@@ -61,9 +71,21 @@ PROGRAMS = [
     (f"{SCALE} + bias[b, 0, 0, kv] where kv <= q", bias("b", "1", "1", "kv"), (0,)),
     ("(s + gate[q])*sigmoid(gate[q])*0.1", bias("q"), (0,)),
     (f"{SCALE} + bias[b, 0, q, kv]", hostile_bias, ()),
+    (f"{SCALE} sink 0.0", None, ()),
+    (f"{SCALE} where kv <= q and kv > q - 100 sink sinks[h]", sinks, (0,)),
+    *(
+        (
+            f"{SCALE} where kv <= q and pad[b, kv] sink sinks[h] else {tail}",
+            lambda *n: [*left_pad(*n), *hostile_sinks(*n)],
+            (1,),
+        )
+        for tail in ("mean", "uniform", "nan", "zero")
+    ),
+    (f"{SCALE} + t[h]*(kv - q) where kv <= q sink t[h]*2.0", sinks, (0,)),
 ]
 CAUSAL = PROGRAMS[1]
 ALIBI, DENSE = (next(p for p in PROGRAMS if name in p[0]) for name in ("slope", "bias[0, h"))
+SINKS = [p for p in PROGRAMS if " sink sinks" in p[0]]
 
 
 def NONE(b, h, sq, skv):
@@ -79,7 +101,7 @@ def cases():
         yield make(program, captures, grads, sizes=(2, 6, 200, 333), kv_heads=2, dims=(64, 64), dtype=BF16)
         yield make(program, captures, grads, sizes=(2, 2, 256, 256), kv_heads=2, dims=(64, 64), dtype=BF16)
         yield make(program, captures, grads, sizes=(2, 3, 150, 129), kv_heads=1, dims=(40, 40), dtype=F32)
-    for program, captures, grads in [CAUSAL, *PROGRAMS[3:6], *PROGRAMS[7:9], ALIBI, DENSE]:
+    for program, captures, grads in [CAUSAL, *PROGRAMS[3:6], *PROGRAMS[7:9], ALIBI, DENSE, *SINKS]:
         for p in (0.1, 0.5):
             yield make(
                 program,
@@ -199,6 +221,26 @@ def test_lengths_do_not_recompile(lengths):
     for extra in (128, 256, 1280) if lengths[0] % 128 == 0 else (1, 7, 64, 1001):
         run(lengths[1] + extra)
     assert compiled() == before
+
+
+def test_a_cuda_graph_records_forward_and_backward_with_sinks():
+    torch.manual_seed(0)
+    implementation = triton_attention()
+    program = ScoreProgram.parse("s*0.125 where kv <= q sink sinks[0, h, 0, 0]*1.5")
+    q, k, v, do = (torch.randn(1, 4, 256, 64, device="cuda", dtype=BF16) for _ in range(4))
+    maps = block_map.build((), (), q.device, (1, 4, 256, 256), program.mask_program)
+    site = ([torch.randn(1, 4, 1, 1, device="cuda")], (), maps, None, program, 0.0)
+
+    def run():
+        out, lse = implementation.forward(q, k, v, *site)
+        return [out, lse, *implementation.backward(do, q, k, v, out, lse, *site, (0,))]
+
+    expected = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(expected, recorded, strict=True))
 
 
 def test_gradients_through_the_operator():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import Case, left_pad, run_case
+from kernel_cases import Case, hostile_sinks, left_pad, run_case, sinks
 
 from flashfuse.kernels import cpu
 from flashfuse.kernels.reference import attention_reference
@@ -14,33 +14,24 @@ SMALL = (2, 6, 37, 45)
 LONG = (2, 6, 290, 290)
 
 
-def of_heads(b, h, sq, skv):
-    return [torch.randn(h)]
-
-
-def hostile(b, h, sq, skv):
-    """[H]: absent, far below, far above, and two ordinary ones."""
-    return [torch.tensor([-torch.inf, -1e4, 1e4, 0.3, -2.0, torch.finfo(torch.float32).min])[:h]]
-
-
 CASES = (
-    Case("s*0.158 sink sinks[h]", SMALL, 2, captures=of_heads, grads=(0,)),
+    Case("s*0.158 sink sinks[h]", SMALL, 2, captures=sinks, grads=(0,)),
     Case("s*0.158 sink 0.0", SMALL, 3),
-    Case("s*0.158 where kv <= q sink sinks[h]", LONG, 2, captures=of_heads, grads=(0,)),
-    Case("s*0.158 where kv <= q sink sinks[h]", LONG, 2, captures=of_heads, grads=(0,), dtype=torch.bfloat16),
-    Case("s*0.158 where kv <= q sink sinks[h]", SMALL, 6, captures=of_heads, grads=(0,), dropout_p=0.2),
-    Case("s*0.158 where kv <= q and kv > q - 9 sink t[h]*2.0 + 1.0", LONG, captures=of_heads, grads=(0,)),
+    Case("s*0.158 where kv <= q sink sinks[h]", LONG, 2, captures=sinks, grads=(0,)),
+    Case("s*0.158 where kv <= q sink sinks[h]", LONG, 2, captures=sinks, grads=(0,), dtype=torch.bfloat16),
+    Case("s*0.158 where kv <= q sink sinks[h]", SMALL, 6, captures=sinks, grads=(0,), dropout_p=0.2),
+    Case("s*0.158 where kv <= q and kv > q - 9 sink t[h]*2.0 + 1.0", LONG, captures=sinks, grads=(0,)),
     Case("tanh(s*0.05)*20.0 where kv <= q sink x[b, h, q, 0]", SMALL,
          captures=lambda b, h, sq, skv: [torch.randn(b, h, sq, 1)], grads=(0,)),
-    Case("s*t[h]*0.1 where kv <= q sink t[h]", SMALL, captures=of_heads, grads=(0,)),
+    Case("s*t[h]*0.1 where kv <= q sink t[h]", SMALL, captures=sinks, grads=(0,)),
     *(
         Case(f"s*0.158 where kv <= q and pad[b, kv] sink sinks[h]{tail}", sizes, 2, grads=(1,),
              captures=lambda *n: [*left_pad(*n), *made(*n)], dropout_p=p)  # noqa: B023
-        for made in (of_heads, hostile)
+        for made in (sinks, hostile_sinks)
         for tail in (" else mean", " else uniform", " else zero")
         for sizes, p in ((SMALL, 0.0), (SMALL, 0.1), ((2, 6, 140, 140), 0.0))
     ),
-    Case("s*0.158 sink sinks[h] else nan", LONG, 2, captures=hostile, grads=(0,)),
+    Case("s*0.158 sink sinks[h] else nan", LONG, 2, captures=hostile_sinks, grads=(0,)),
 )  # fmt: skip
 
 
@@ -64,11 +55,11 @@ def test_text_form():
 def test_the_oracle_is_one_more_key_of_value_zero():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
-    sinks = torch.randn(2, dtype=torch.float64)
+    logits = torch.randn(2, dtype=torch.float64)
     program = ScoreProgram.parse("s*0.5 where kv < q sink sinks[h] else nan")
-    out, lse = attention_reference(q, k, v, [sinks], (), program)
+    out, lse = attention_reference(q, k, v, [logits], (), program)
     scores = (q @ k.mT * 0.5).masked_fill(~torch.ones(5, 5).tril(-1).bool(), -torch.inf)
-    combined = torch.cat([scores, sinks.view(1, 2, 1, 1).expand(1, 2, 5, 1)], -1)
+    combined = torch.cat([scores, logits.view(1, 2, 1, 1).expand(1, 2, 5, 1)], -1)
     torch.testing.assert_close(out, combined.softmax(-1)[..., :-1] @ v)
     torch.testing.assert_close(lse, combined.logsumexp(-1))
     assert bool((out[:, :, 0] == 0).all())

@@ -38,6 +38,24 @@ CASES = """
          grads=(0,)),
     dict(program="s*x[b, kv // 3]*0.1 where doc[b, q] == doc[b, kv] else zero", sizes=(2, 2, 33, 33),
          captures=lambda *n: [torch.rand(n[0], 11), *documents(*n)], grads=(0,), layout="packed"),
+    dict(program="s*0.158 sink sinks[h]", sizes=(2, 6, 37, 45), kv_heads=2, captures=sinks, grads=(0,)),
+    dict(program="s*0.158 sink sinks[h] else nan", sizes=(1, 6, 33, 40), captures=hostile_sinks, grads=(0,)),
+    dict(program="s*0.158 sink 0.0", sizes=(1, 3, 37, 1)),
+    dict(program="s*0.158 + bias[h] sink sinks[h]", sizes=(1, 2, 33, 1), grads=(0, 1),
+         captures=lambda *n: [torch.rand(n[1]), *sinks(*n)]),
+    dict(program="s*0.158 where kv <= q sink sinks[h]", sizes=(1, 3, 140, 133), dims=(40, 24), captures=sinks,
+         grads=(0,), dtype=torch.float16),
+    dict(program="tanh(s*0.05)*20.0 where kv <= q sink x[b, h, q, 0]*0.5", sizes=(1, 2, 33, 40), grads=(0,),
+         captures=lambda b, h, sq, skv: [torch.randn(b, h, sq, 1)], dtype=torch.float16, dropout_p=0.1),
+    dict(program="s*t[h]*0.1 where kv <= q sink t[h] + where(q < n, 0.5, h)", sizes=(1, 3, 37, 45), ints=(9,),
+         captures=sinks, grads=(0,)),
+    dict(program="s*0.158 + bias[b, 0, q, kv] sink sinks[h] else nan", sizes=(2, 6, 33, 40), grads=(1,),
+         captures=lambda *n: [*hostile_bias(*n), *hostile_sinks(*n)]),
+    *(dict(program=f"s*0.158 where kv <= q and pad[b, kv] sink sinks[h] else {tail}", sizes=(2, 6, 33, 33),
+           kv_heads=2, captures=lambda *n: [*left_pad(*n), *hostile_sinks(*n)], grads=(1,), dropout_p=p,
+           dtype=dtype)
+      for tail in ("mean", "uniform", "nan", "zero")
+      for p, dtype in ((0.0, torch.float32), (0.2, torch.float16))),
 """
 
 SCRIPT = """
