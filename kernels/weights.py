@@ -5,7 +5,8 @@ With R the dropout keep-mask over 1 − p, and dP what comes from whatever used 
     S = score(q kᵀ)    W = softmax over the allowed keys of S    P = W ∘ R
     dW = R ∘ dP        dS = W ∘ (dW − rowsum(W ∘ dW))            dq = score'(S) dS k    dk = (score'(S) dS)ᵀ q
 
-What is returned has the size of all scores; nothing else here has.  Rows without a key follow
+What is returned has the size of all scores; nothing else here has.  A sink is one more column of S, of
+whose weight nothing is made: its dW is 0, and d sink is its dS.  Rows without a key follow
 ``ScoreProgram.dead_rows``.  One definition for every device.  The forward is computed in float32, float64
 for float64; the backward, which few models have, in float64, as sums over all of dS are to be exact.
 
@@ -18,12 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashfuse.kernels import dispatch
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import Expr, S, walk
-from flashfuse.kernels.reference import Value, environment, evaluate
+from flashfuse.kernels.reference import Value, as_tensor, environment, evaluate
 from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram
 
 _CHUNK = 1 << 22
@@ -35,8 +37,8 @@ class _Rows:
     """Rows ``q0:q1`` of one batch entry: W and what the program saw.
 
     Attributes:
-        weights: [H, rows, Skv], before dropout.
-        dead: [H, rows, 1], rows without a key.
+        weights: [H, rows, Skv], before dropout; under a sink its weight is one more column.
+        dead: [H, rows, 1], rows without a key, or a sink.
         scale: [H, rows, Skv], the mask of dropout over 1 − p; ``None`` without dropout.
     """
 
@@ -93,10 +95,14 @@ class _Site:
         if self.program.mask is not None:
             allowed = self.tensor(self.program.mask, env) != 0
             scores = scores.masked_fill(~allowed, float("-inf"))
+        if self.program.sink is not None:
+            sink = as_tensor(evaluate(self.program.sink, env), device, self.dtype)
+            scores = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1)
         dead = scores.amax(-1, keepdim=True) == float("-inf")
         weights = torch.softmax(scores, -1)
         of_dead = 1 / kv_len if self.program.dead_rows in AVERAGING else 0.0
         weights.masked_fill_(dead, float("nan") if self.program.dead_rows == "nan" else of_dead)
+        weights[..., kv_len:].masked_fill_(dead, 0)
         scale = None
         if self.keep is not None:
             scale = self.keep[b, :, rows].to(self.dtype).mul_(1 / (1 - self.dropout_p))
@@ -128,7 +134,8 @@ def forward(
         return out
     for chunk in site.chunks():
         # As PyTorch has it, by a product: NaN stays NaN.
-        out[chunk.b, :, chunk.rows] = chunk.weights if chunk.scale is None else chunk.weights * chunk.scale
+        weights = chunk.weights[..., : out.shape[-1]]
+        out[chunk.b, :, chunk.rows] = weights if chunk.scale is None else weights * chunk.scale
     return out
 
 
@@ -154,19 +161,29 @@ def backward(
     }
     loads = {e for e in walk(program.score) if e.op == "load" and e.args[0] in totals}
     slopes = [(e, derivative(program.score, e)) for e in loads]
+    of_sink = () if program.sink is None else walk(program.sink)
+    sink_loads = {e for e in of_sink if e.op == "load" and e.args[0] in totals}
+    sink_slopes = [(e, derivative(program.sink, e)) for e in sink_loads if program.sink is not None]
     score_slope = derivative(program.score, S)
     stacked = (k.shape[1], -1, k.shape[2])
     for chunk in site.chunks() if dweights.numel() else ():
         grad = dweights[chunk.b, :, chunk.rows].to(site.dtype)
         if chunk.scale is not None:
             grad = grad * chunk.scale
+        if program.sink is not None:
+            grad = F.pad(grad, (0, 1))
         dx = torch._softmax_backward_data(grad, chunk.weights, -1, site.dtype)
+        dx, d_sink = dx[..., : k.shape[2]], dx[..., k.shape[2] :].masked_fill(chunk.dead, 0)
         if program.dead_rows not in UNIFORM:
             # What replaces the scores there lets no gradient through.
             dx = dx.masked_fill(chunk.dead, 0)
         of_captures = dx.masked_fill(chunk.dead, 0) if program.dead_rows == "uniform_s" else dx
         for load, slope in slopes:
             _add_gradient(totals[load.args[0]], load, _times(of_captures, site, slope, chunk.env), chunk.env)
+        for load, slope in sink_slopes:
+            value = as_tensor(evaluate(slope, chunk.env), q.device, site.dtype)
+            gradient = torch.where(d_sink == 0, 0, d_sink * value).view(d_sink.shape)
+            _add_gradient(totals[load.args[0]], load, gradient, chunk.env)
         ds = _times(dx, site, score_slope, chunk.env).reshape(stacked)
         dq[chunk.b, :, chunk.rows] = torch.bmm(ds, k[chunk.b].to(site.dtype)).view(
             dq.shape[1], -1, q.shape[-1]

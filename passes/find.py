@@ -199,8 +199,7 @@ class WeightedSum(Candidate):
         if any(E.contains(e, KV) for i, e in enumerate(index) if i != self.found.dim):
             raise Refused(Reason("softmax_axis", "the key index also appears outside the softmax axis"))
         beside = self._beside(cut, index)
-        # The weights that something else uses are computed without a sink.
-        handed = handed_out(path, self.found, lift) if beside is None else {}
+        handed = handed_out(path, self.found, lift)
         region = _region(self, frame, path, Operand(v, v_index), memory, live, handed, beside)
         # A stored mask can hold finite minima as well, of which nothing is known here.
         may_average = region.program.dead_rows in AVERAGING or bool(

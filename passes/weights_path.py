@@ -308,7 +308,7 @@ def handed_out(path: Path, softmax: Softmax, lift: Lift) -> dict[fx.Node, Weight
     """For each node from the softmax on: the weights to compute where something else uses it.
 
     What follows those is made from them by the user's own nodes.  ``None``: nothing stands for it, such as
-    the keep mask.  Other nodes may stay as they are.
+    the keep mask.  Other nodes may stay as they are, among them weights that a sink's column is still beside.
     """
     steps = {s.node: s for s in path.steps}
     handed: dict[fx.Node, Weights | None] = {}
@@ -326,6 +326,8 @@ def handed_out(path: Path, softmax: Softmax, lift: Lift) -> dict[fx.Node, Weight
                 # In a row without a key, what comes before is not what the operator computes.
                 handed = dict.fromkeys(n for n in path.chain if n in handed) if drawn else {}
                 current = None if scaled else _whole(Weights(node, path.at[node], drawn), lift)
+        if current is None and not (drawn or scaled) and nodes.tensor(node) is not None:
+            current = _whole(Weights(node, path.at[node], False), lift)
         if drawn or current is not None:
             handed[node] = current
     return handed

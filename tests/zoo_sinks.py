@@ -144,6 +144,47 @@ def weight_of_the_sink_used_elsewhere(q, k, v, sinks):
     return weights[..., :-1] @ v + weights[..., -1:]
 
 
+@fused("sinks", "s*0.25 where kv <= q sink sinks[h]", inputs=with_sinks, captures=DYNAMO)
+def weights_without_the_sink_returned(q, k, v, sinks):
+    weights = softmax(torch.cat([causal(of(q, k)), column(sinks)], -1).float())[..., :-1].to(v.dtype)
+    return weights @ v, weights
+
+
+@fused("sinks", "s*0.25 where pad[b, kv] sink sinks[h] else uniform", inputs=padded_with_sinks)
+def weights_after_the_sink_returned(q, k, v, pad, sinks):
+    scores = of(q, k) + torch.where(pad[:, None, None, :], 0.0, LEAST)
+    weights = softmax(torch.cat([column(sinks), scores], -1))[..., 1:]
+    return weights @ v, weights.mean(1)
+
+
+@fused("sinks", "s*0.25 sink sinks[h]", inputs=with_sinks, dropout_p=0.3)
+def weights_without_the_sink_returned_dropped(q, k, v, sinks):
+    weights = softmax(torch.cat([of(q, k), column(sinks)], -1))[..., :-1]
+    dropped = F.dropout(weights, 0.3)
+    return dropped @ v, weights, dropped
+
+
+@fused("sinks", "s*0.25 sink sinks[h]", inputs=with_sinks)
+def weights_with_and_without_the_sink_returned(q, k, v, sinks):
+    weights = softmax(torch.cat([of(q, k), column(sinks)], -1))
+    return weights[..., :-1] @ v, weights, weights[..., :-1]
+
+
+@left("sinks", "mutation", inputs=with_sinks, captures=WHOLE)
+def weights_without_the_sink_written_to(q, k, v, sinks):
+    weights = softmax(torch.cat([of(q, k), column(sinks)], -1))[..., :-1]
+    out = weights @ v
+    weights.mul_(2.0)
+    return out, weights
+
+
+@left("sinks", "weights_escape", inputs=with_sinks, captures=WHOLE)
+def keep_mask_beside_a_sink_returned(q, k, v, sinks):
+    weights = softmax(torch.cat([of(q, k), column(sinks)], -1))[..., :-1]
+    dropped, keep = torch.ops.aten.native_dropout(weights, 0.3, True)
+    return dropped @ v, keep
+
+
 # --- one more term of the sum ---------------------------------------------------------------------
 
 
@@ -177,6 +218,16 @@ def sink_as_a_term(q, k, v, sinks):
     return (e / (e.sum(-1, keepdim=True) + torch.exp(sinks.view(1, H, 1, 1) - m))) @ v
 
 
+@fused("sinks", "s*0.25 sink 0.0", dropout_p=0.3)
+def weights_of_softmax_plus_one_returned(q, k, v):
+    scores = of(q, k)
+    m = scores.amax(-1, keepdim=True)
+    e = torch.exp(scores - m)
+    weights = e / (torch.exp(-m) + e.sum(-1, keepdim=True))
+    dropped = F.dropout(weights, 0.3)
+    return dropped @ v, weights, dropped
+
+
 @left("sinks")
 def a_term_that_is_not_shifted(q, k, v):
     # The exponentials are of differences to the maximum, the 1 is not.
@@ -192,7 +243,8 @@ def one_added_to_a_sum_of_differences(q, k, v):
     return (e / (1 + e.sum(-1, keepdim=True))) @ v
 
 
-@left("sinks", "sink")
+# Decompositions lose the detach.
+@left("sinks", "sink", captures=("dynamo", "symbolic", "export"))
 def a_term_whose_maximum_lets_a_gradient_through(q, k, v):
     scores = of(q, k)
     m = scores.amax(-1, keepdim=True)

@@ -16,6 +16,7 @@ EXTRA = {
     "bias": lambda: torch.randn(H, SQ, SKV),
     "table": lambda: torch.randn(SQ + SKV, H),
     "slopes": lambda: torch.rand(H),
+    "sinks": lambda: torch.tensor([0.5, -torch.inf, 30.0, -1.0]),
 }
 PROGRAMS = [
     "s*0.3",
@@ -25,6 +26,9 @@ PROGRAMS = [
     "s*slopes[h] where pad[b, kv] else mean",
     "s where pad[b, kv] else zero",
     "s where pad[b, kv] else nan",
+    "s*0.3 where kv <= q sink 0.0",
+    "s*slopes[h] where kv <= q sink slopes[h] + q*0.1",
+    *(f"s*0.3 where pad[b, kv] sink sinks[h] else {tail}" for tail in ("uniform", "mean", "zero", "nan")),
 ]
 
 

@@ -74,6 +74,39 @@ def test_exchanged_weights_are_caught():
     assert not prove_replacement(fuse.region, replacement).ok
 
 
+def beside_a_sink(q, k, v, sinks):
+    column = sinks.view(1, -1, 1, 1).expand(2, -1, 9, -1)
+    weights = torch.cat([q @ k.transpose(-1, -2) * 0.3, column], -1).softmax(-1)[..., :-1]
+    dropped = F.dropout(weights, 0.2)
+    return dropped @ v, weights, dropped
+
+
+def test_weights_beside_a_sink():
+    inputs = (*qkv(), torch.randn(3))
+    gm = pipeline.with_example_values(torch.fx.symbolic_trace(beside_a_sink), inputs)
+    (fuse,) = plan(find_regions(gm.graph))
+    certificate = prove_site(fuse)
+    assert certificate.ok
+    assert certificate.compared == ("out", "weights", "dropped weights", "dq", "dk", "dv", "dsinks")
+    text, name = str(fuse.region.program), fuse.region.program.captures[0]
+    for wrong in (text.partition(" sink")[0], text.replace(f"{name}[h]", "0.0"), text.replace("[h]", "[0]")):
+        replacement = emitted(fuse)
+        call = calls(replacement)[-1]
+        captures = call.args[2] if name in wrong else []
+        call.args = (*call.args[:2], captures, *call.args[3:5], wrong, *call.args[6:])
+        assert not prove_replacement(fuse.region, replacement).ok
+
+
+def test_dropped_weights_beside_a_sink_are_those_of_the_output():
+    inputs = (*qkv(), torch.randn(3))
+    gm = pipeline.with_example_values(torch.fx.symbolic_trace(beside_a_sink), inputs)
+    new, report = pipeline.run(gm, Options(verify="full"))
+    assert report.num_fused == 1
+    out, weights, dropped = new(*inputs)
+    torch.testing.assert_close(out, dropped @ inputs[2])
+    torch.testing.assert_close(dropped[dropped != 0], (weights / 0.8)[dropped != 0])
+
+
 def test_products_that_share_dropped_weights_share_the_mask():
     def twice(q, k, v):
         weights = F.dropout((q @ k.transpose(-1, -2)).softmax(-1), 0.5)
