@@ -119,12 +119,12 @@ def _inputs(kind: str, model: nn.Module) -> Iterator[dict[str, Any]]:
     made = {name: maker(config, plain) for name, maker in makers.items()}
     required = {name: made[name] for name in hf._required(names) if name in made}
     if problem is None:
-        yield plain | required
+        yield required | plain
     for other in _reshaped(plain):
-        yield other | required
+        yield required | other
     for name in made:
-        yield plain | required | {name: made[name]}
-    yield plain | made
+        yield required | plain | {name: made[name]}
+    yield made | plain
     if problem is not None:
         raise problem
 

@@ -348,7 +348,8 @@ def _region(
             if path.dropout is not None and path.unscaled is not None:
                 unscaled = (path.dropout, path.unscaled)
             region = dataclasses.replace(region, gates=factors, unscaled=unscaled)
-            changed = next((n for n in region.factors if memory.loads_change(n, node)), None)
+            readers = nodes.between(region.factors, node)
+            changed = next((n for n in region.factors if memory.loads_change(n, node, readers)), None)
             if changed is not None:
                 message = f"`{changed.name}` is written to between its use and the product with v"
                 raise Refused(Reason("mutation", message, nodes.source(changed)))

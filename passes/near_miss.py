@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import fx
@@ -12,7 +12,7 @@ from flashfuse.passes import dialect, nodes
 from flashfuse.passes.inline import is_whole
 from flashfuse.passes.nodes import shape
 from flashfuse.passes.region import NearMiss
-from flashfuse.passes.softmax import read_softmax
+from flashfuse.passes.softmax import Softmax, read_softmax
 
 _WHOLE = Reason(
     "whole_module",
@@ -41,9 +41,14 @@ def near_misses(graph: fx.Graph, live: set[fx.Node], claimed: set[fx.Node]) -> I
         if node in claimed or node not in live:
             continue
         softmax = read_softmax(node)
-        if softmax is None or not scores_like(softmax.input):
+        if softmax is None:
             continue
-        yield NearMiss(node.name, node, (_without_a_product(node, live),), nodes.source(node))
+        if scores_like(softmax.input):
+            reason = _without_a_product(node, live)
+        else:
+            reason = _with_a_detour(softmax, live)
+        if reason is not None:
+            yield NearMiss(node.name, node, (reason,), nodes.source(node))
 
 
 def _without_a_product(softmax: fx.Node, live: set[fx.Node]) -> Reason:
@@ -66,6 +71,51 @@ def _without_a_product(softmax: fx.Node, live: set[fx.Node]) -> Reason:
         "apply only dropout, casts and reshapes to the weights before the product with v",
     )
 
+
+def _with_a_detour(softmax: Softmax, live: set[fx.Node]) -> Reason | None:
+    """The operation that hides a product above or below ``softmax``; ``None`` where one of them is not there.
+
+    Banded attention, for one, cuts its products into pieces and lays them side by side.
+    """
+    above = _until_products([softmax.input], _tensors)
+    below = _until_products([u for u in softmax.output.users if u in live], lambda n: list(n.users))
+    if above is None or below is None or not any(_tensors(n) == n.all_input_nodes for n in above[1]):
+        return None
+    strange = [
+        n for n in (*above[0], *below[0]) if (op := dialect.read(n)) is None or op.name not in _ROW_BY_ROW
+    ]
+    if not strange:
+        return None
+    return Reason(
+        "weights_path",
+        f"`{strange[0].name}` between a product of two tensors, a softmax and a product with v is not read",
+        nodes.source(strange[0]),
+        "compute the scores of a row by one product, and mask what it does not attend to",
+    )
+
+
+def _until_products(
+    start: list[fx.Node], step: Callable[[fx.Node], list[fx.Node]]
+) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """The nodes on the way to products and these, past anything but layers; ``None`` without a product."""
+    passed, products, pending, seen = [], [], list(start), set(start)
+    while pending:
+        node = pending.pop(0)
+        op = dialect.read(node)
+        if op is not None and op.name in dialect.PRODUCTS:
+            products.append(node)
+        elif _target(node) not in _LAYERS and read_softmax(node) is None:
+            passed.append(node)
+            new = [n for n in step(node) if n not in seen]
+            seen.update(new)
+            pending += new
+    return (passed, products) if products else None
+
+
+_LAYERS = (
+    "linear", "conv1d", "conv2d", "conv3d", "convolution", "addmm", "layer_norm", "rms_norm", "batch_norm",
+    "group_norm", "embedding", "topk", "sort", "argsort", "argmax", "scaled_dot_product_attention",
+)  # fmt: skip
 
 _SCALED = dialect.VIEWS | dialect.CASTS | {"mul", "div", "neg", "getitem", "dropout", "contiguous", "clone"}
 
