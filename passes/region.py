@@ -381,7 +381,9 @@ def _compute_dtype(node: fx.Node, *operands: Operand) -> torch.dtype:
     out = nodes.value(node).dtype
     dtypes = [nodes.value(o.node).dtype for o in operands]
     product_inputs = [nodes.value(n).dtype for n in node.all_input_nodes[:3] if nodes.tensor(n) is not None]
-    if out not in product_inputs:
+    op = dialect.read(node)
+    # SDPA returns the dtype that it computes in; rotated q and k, not yet cast by autocast, may have another.
+    if out not in product_inputs or (op is not None and op.name == "scaled_dot_product_attention"):
         return out
     widest = dtypes[0]
     for dtype in dtypes[1:]:
