@@ -89,4 +89,5 @@ def test_autocast(around, attention):
 
     fast = outside(compiled(owner)) if around else compiled(inside)
     assert_same(step(fast, owner), step(inside, owner), in_float64(owner))
-    assert the_site().shape.dtype == torch.bfloat16
+    # Eager attention mixes float32 weights and bfloat16 values, and may be computed in the wider dtype.
+    assert the_site().shape.dtype == torch.bfloat16 or attention == "eager"
