@@ -241,7 +241,7 @@ def run_all(jobs: Sequence[tuple[str, str]], out: Path, workers: int, seconds: i
             if not text and os.WTERMSIG(status) == signal.SIGABRT and (kind, mode) not in again:
                 # Threads of the parent at the moment of the fork: not the model's fault.
                 again.add((kind, mode))
-                pending.insert(0, (kind, mode))
+                pending.append((kind, mode))
                 continue
             _write(out, kind, mode, result)
             if result.get("error", "").startswith(NOT_BUILT):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import walk
-from flashfuse.kernels.reference import as_tensor, environment, evaluate
+from flashfuse.kernels.reference import Value, as_tensor, environment, evaluate
 from flashfuse.kernels.spec import ScoreProgram
 
 Sizes = tuple[int, int, int, int]
@@ -82,6 +82,6 @@ def gradients(
 
 def _environment(
     program: ScoreProgram, captures: Sequence[Tensor], ints: Sequence[int], sizes: Sizes, like: Tensor
-) -> dict[str, object]:
+) -> dict[str, Value]:
     floats = [c.to(like.dtype) if c.is_floating_point() else c for c in captures]
     return dict(environment(program, floats, ints, sizes, like.device))

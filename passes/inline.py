@@ -232,7 +232,7 @@ def autocast_at(node: fx.Node) -> list[Any]:
             entered[n] = n
         elif n.target is torch.amp.autocast_mode._exit_autocast:
             entered.pop(n.args[0])
-    return [torch.autocast(*n.args) for n in entered]
+    return [torch.autocast(*n.args) for n in entered]  # type: ignore[arg-type]
 
 
 # --- regions under vmap ------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ def near_misses(graph: fx.Graph, live: set[fx.Node], claimed: set[fx.Node]) -> I
         softmax = read_softmax(node)
         if softmax is None:
             continue
+        reason: Reason | None
         if scores_like(softmax.input):
             reason = _without_a_product(node, live)
         else:

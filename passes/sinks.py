@@ -87,7 +87,7 @@ def _is_of_scores(e: Expr, lift: Lift) -> bool:
     if e.op != "load":
         return e == S
     node = lift.scope.captures.get(e.args[0])
-    known = None if node is None else lift.visited.get(node)
+    known = lift.visited.get(node) if isinstance(node, fx.Node) else None
     return _is_row(e, lift) or (known is not None and E.contains(known, S))
 
 

@@ -106,7 +106,8 @@ def _aligned(x: fx.Node, index: Index) -> Index:
 
 def _steps(node: fx.Node, op: Op) -> Iterator[Step]:
     """The ways to read ``node`` as a step; which operand the weights are is not known here."""
-    a, b = op.args.get("input"), op.args.get("other")
+    a: Any = op.args.get("input")
+    b: Any = op.args.get("other")
     if op.name in ("mul", "div"):
         if op.args.get("rounding_mode") is None:
             yield from _if_weights(Step(node, "times" if op.name == "mul" else "over", a, b))

@@ -108,8 +108,8 @@ def site_key(plan: Fuse) -> tuple[Hashable, ...]:
     operands = [(number.get(o.node), tuple(map(str, o.index))) for o in region.operands]
     captures: list[Hashable] = []
     for capture in (region.scope.captures[name] for name in program.captures):
-        made = isinstance(capture, Table)
-        captures.append(capture.recipe.key(number.get) if made else number.get(capture))
+        known = capture.recipe.key(number.get) if isinstance(capture, Table) else number.get(capture)
+        captures.append(known)
     ints = [_literal(nodes.value(region.scope.ints[name]), number) for name in program.ints]
     return (
         tuple(described), order, tuple(operands), tuple(captures), tuple(ints),

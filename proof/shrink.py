@@ -210,7 +210,7 @@ def _places(program: ScoreProgram) -> Iterator[int]:
     for e in (program.score, program.mask):
         for n in E.walk(e) if e is not None else ():
             if n.op == "load":
-                yield from (abs(c.value) for i in n.operands for c in E.walk(i) if c.is_const)
+                yield from (abs(int(c.value)) for i in n.operands for c in E.walk(i) if c.is_const)
 
 
 def _rows(site: Sequence[fx.Node]) -> Iterator[int]:
@@ -223,7 +223,7 @@ def _rows(site: Sequence[fx.Node]) -> Iterator[int]:
         items = op.args.get("indices", op.args.get("index"))
         items = items if isinstance(items, (tuple, list)) else (items,)
         indexed = op.name == "embedding" or any(nodes.tensor(i) is not None for i in items)
-        if indexed and nodes.tensor(source) is not None:
+        if indexed and isinstance(source, fx.Node) and nodes.tensor(source) is not None:
             yield from (n for n in nodes.shape(source) if isinstance(n, int))
 
 
