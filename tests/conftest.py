@@ -28,17 +28,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-_SCORES: pytest.StashKey[list[tuple[str, bool, bool]]] = pytest.StashKey()
-
-
 @pytest.fixture
 def mutation_score(request):
-    """A list of (mutant, rejected, computes the same all the same) that the summary counts."""
-    return request.config.stash.setdefault(_SCORES, [])
+    """Told (mutant, rejected, computes the same all the same), which the summary counts."""
+    return lambda *mutant: request.node.user_properties.append(("mutant", mutant))
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    scores = config.stash.get(_SCORES, [])
+def pytest_terminal_summary(terminalreporter):
+    reports = [
+        r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if r.when == "call"
+    ]
+    scores = [value for r in reports for name, value in r.user_properties if name == "mutant"]
     if scores:
         rejected = sum(killed for _, killed, _ in scores)
         harmless = sum(same for _, _, same in scores)

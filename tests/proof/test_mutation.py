@@ -56,7 +56,7 @@ def test_every_mutant_that_changes_the_function_is_rejected(name, mutation_score
     for mutant in all_mutants(name):
         accepted = prove(base, mutant).ok
         same = accepted and mutant.model is None and same_function(base, mutant)
-        mutation_score.append((f"{name}: {mutant.name}", not accepted, same))
+        mutation_score(f"{name}: {mutant.name}", not accepted, same)
         if accepted and not same:
             survivors.append(mutant.name)
     assert survivors == []
