@@ -48,8 +48,8 @@ from flashfuse.options import Options
 MODES = ("eager-inference", "eager-training", "sdpa-inference", "sdpa-training")
 SUBSET = (
     "albert", "bart", "beit", "bert", "bloom", "deberta-v2", "distilbert", "falcon", "gemma2", "gpt2",
-    "gpt_neo", "gpt_oss", "llama", "mistral", "mpnet", "mpt", "opt", "roberta", "sam_vision_model", "swin",
-    "swinv2", "t5", "vit", "wav2vec2-conformer", "whisper",
+    "gpt_neo", "gpt_neox", "gpt_oss", "llama", "mistral", "mpnet", "mpt", "olmo2", "opt", "roberta",
+    "sam_vision_model", "t5", "vit", "wav2vec2-conformer", "whisper",
 )  # fmt: skip
 DROPOUT = 0.1
 DRAWS = 12
@@ -58,6 +58,9 @@ NOT_BUILT = "not built"
 
 
 # --- one model ----------------------------------------------------------------------------------
+
+
+WITH_INDUCTOR = True
 
 
 def examine(kind: str, mode: str) -> dict[str, Any]:
@@ -169,6 +172,8 @@ def _fused_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> int | None:
     """
     from torch._dynamo.utils import counters
 
+    if not WITH_INDUCTOR:
+        return None
     before = counters["inductor"]["fuse_attention"]
     try:
         _lower(gm, inputs)
@@ -328,10 +333,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--seconds", type=int, default=240, help="limit for one model in one mode")
+    parser.add_argument("--without-inductor", action="store_true", help="leave Inductor out: twice as fast")
     parser.add_argument("--table", type=Path, help="where the tables go")
     chosen = parser.parse_args(arguments)
     kinds = chosen.only.split(",") if chosen.only else SUBSET if chosen.subset else model_types()
     modes = chosen.modes.split(",")
+    global WITH_INDUCTOR
+    WITH_INDUCTOR = not chosen.without_inductor
     unknown = [m for m in modes if m not in MODES]
     if unknown:
         parser.error(f"expected modes of {', '.join(MODES)}, got {', '.join(unknown)}")

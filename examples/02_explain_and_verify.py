@@ -7,7 +7,7 @@ import flashfuse
 
 
 class Encoder(nn.Module):
-    """Two attentions: one with padding and ALiBi, one whose weights are also returned."""
+    """Three attentions: with padding and ALiBi; with its weights returned; with small weights pruned."""
 
     def __init__(self, heads: int = 4, head_dim: int = 32) -> None:
         super().__init__()
@@ -24,7 +24,10 @@ class Encoder(nn.Module):
         scores = scores.masked_fill(~keep[:, None, None, :], torch.finfo(x.dtype).min)
         first = scores.softmax(-1) @ v
         weights = (q2 @ k2.mT).softmax(-1)
-        return first + weights @ v2, weights
+        second = weights @ v2
+        other = (q @ k2.mT).softmax(-1)
+        third = torch.where(other > 0.01, other, 0.0) @ v2
+        return first + second + third, weights
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def main() -> None:
     print(report, "\n")
     check = flashfuse.verify(model, x, keep, backward=True)
     print(check)
-    assert report.num_fused == 1 and report.num_sites == 2 and check.ok
+    assert report.num_fused == 2 and report.num_sites == 3 and check.ok
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def with_row_mask() -> tuple[Tensor, ...]:
 
 @fused(
     "rows",
-    "s + bias[b // 3, h, q, kv] + mul_1[b // 3, b % 3, kv] else nan",
+    "s + bias[b // 3, 0, h, q, kv] + mul_1[b // 3, b % 3, kv] else nan",
     inputs=with_row_mask,
     captures=("dynamo", "export"),
 )
