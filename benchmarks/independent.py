@@ -2,6 +2,7 @@
 
 A site is a softmax that a product of two activations feeds, through anything that is not another product,
 and that feeds a product; or a call of ``scaled_dot_product_attention`` or ``multi_head_attention_forward``.
+What reaches no result of the graph, such as the last layer of a branch that nothing reads, is no site.
 """
 
 from __future__ import annotations
@@ -24,14 +25,28 @@ _LAYERS = {
 def attention_sites(gm: fx.GraphModule) -> list[str]:
     """Names of the softmaxes and calls that are attention, in graph order, those of subgraphs included."""
     found = []
+    results = [n for n in gm.graph.nodes if n.op == "output" or _writes(n)]
+    used = set(_ancestors(results))
     for node in gm.graph.nodes:
         name = _name(node)
-        if name in _CALLS or (name in _SOFTMAXES and _from_product(node) and _to_product(node)):
+        site = name in _CALLS or (name in _SOFTMAXES and _from_product(node) and _to_product(node))
+        if site and node in used:
             found.append(node.name)
     for child in gm.children():
         if isinstance(child, fx.GraphModule):
             found += attention_sites(child)
     return found
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether ``node`` changes a tensor in place, as it may be one that is returned."""
+    name = _name(node)
+    return (
+        name in ("setitem", "copy_")
+        or (name.endswith("_") and not name.endswith("__"))
+        or (name.startswith("__i") and name != "__invert__")
+        or "out" in node.kwargs
+    )
 
 
 def _name(node: fx.Node) -> str:
@@ -73,16 +88,18 @@ def _factors(product: fx.Node) -> list[fx.Node]:
 
 def _is_activation(node: fx.Node) -> bool:
     """Whether something else than a parameter is behind ``node``."""
-    pending, seen = [node], set()
+    return any(n.op == "placeholder" and "_parameters_" not in n.name for n in _ancestors([node]))
+
+
+def _ancestors(start: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """``start`` and all that it is made from."""
+    pending, seen = list(start), set()
     while pending:
-        n = pending.pop()
-        if n in seen:
-            continue
-        seen.add(n)
-        if n.op == "placeholder" and "_parameters_" not in n.name:
-            return True
-        pending += n.all_input_nodes
-    return False
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            pending += node.all_input_nodes
 
 
 def _value(node: fx.Node) -> object:

@@ -8,6 +8,8 @@ of q and k in it.  Layout and axes follow from the indices; no spelling is assum
 from __future__ import annotations
 
 import dataclasses
+import os
+import traceback
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -44,16 +46,31 @@ def find_regions(graph: fx.Graph) -> tuple[AttentionRegion | NearMiss, ...]:
             except Refused as refused:
                 if refused.reason.code != "not_attention":
                     found.append(NearMiss(node.name, node, (refused.reason,), nodes.source(node)))
-            except Exception as error:
-                # A fault of ours at one site must not cost the others, nor the compile.
-                reason = Reason("internal", f"the search failed here: {type(error).__name__}: {error}")
+            except NotLiftable as stop:
+                # Asked for outside of an operation: the sizes that name the indices of the output.
+                reason = Reason("symbolic_size", f"the site's own sizes: {stop}", nodes.source(node))
                 found.append(NearMiss(node.name, node, (reason,), nodes.source(node)))
+            except Exception as error:
+                # What a graph can hold has a reason of its own, so only a fault of ours comes here.  At one
+                # site it must not cost the others, nor the compile.
+                found.append(NearMiss(node.name, node, (_fault(error, node),), nodes.source(node)))
             else:
                 found.append(region)
             claimed.update(candidate.softmax)
             break
     found += near_misses(graph, live, claimed)
     return tuple(sorted(found, key=lambda site: memory.position[site.output]))
+
+
+def _fault(error: Exception, node: fx.Node) -> Reason:
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return Reason(
+        "internal",
+        f"a fault of FlashFuse's own search, not of this graph: {type(error).__name__}: {error}{at}",
+        nodes.source(node),
+        "please report this message with the lines of the model that make the site",
+    )
 
 
 def _candidates(node: fx.Node) -> Iterator[Candidate]:

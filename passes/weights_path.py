@@ -391,14 +391,23 @@ def gates(
         where = nodes.source(step.node)
         if not step.scales:
             assert removal is not None and removal.kept is not None
-            message = (
-                f"`{step.node.name}` keeps weights only where `{removal.kept}`, which removes more than the "
-                f"mask of the scores, `{mask if mask is not None else True}`"
-            )
-            hint = "mask the scores before the softmax instead"
-            raise Refused(Reason("weights_path", message, where, hint))
+            raise Refused(_removes_more(step, removal.kept, mask, steps, lift))
         found.append(_gate(step, of, lift, where))
     return tuple(found)
+
+
+def _removes_more(step: Step, kept: Expr, mask: Expr | None, steps: Sequence[Step], lift: Lift) -> Reason:
+    message = f"`{step.node.name}` keeps weights only where `{kept}`"
+    loads = {lift.scope.captures.get(n.args[0]) for n in E.walk(kept) if n.op == "load"}
+    if any(s.weights in loads for s in steps):
+        message += ", which depends on the weights themselves: they are known when the whole row is"
+        return Reason("weights_path", message, nodes.source(step.node))
+    if mask is None:
+        message += ", and the scores have no mask that removes the others"
+    else:
+        message += f", which removes more than the mask of the scores, `{mask}`"
+    hint = "mask the scores before the softmax instead"
+    return Reason("weights_path", message, nodes.source(step.node), hint)
 
 
 def _gate(step: Step, of: AttentionShape, lift: Lift, where: str) -> Gate:

@@ -111,7 +111,9 @@ def _of_reals(op: str, values: list[Any]) -> Any:
     if op in E.COMPARISONS:
         return E.COMPARISONS[op](values[0], values[1])
     if op in E.UNARY:
-        return getattr(torch, op)(torch.as_tensor(values[0]).double())
+        x = torch.as_tensor(values[0])
+        # A distance stays an index.
+        return getattr(torch, op)(x if op == "abs" else x.double())
     total = values[0]
     for v in values[1:]:
         total = _REAL[op](total, v)

@@ -320,8 +320,8 @@ class _Comparison:
         name = self.names.get(node)
         rows = _rows_selected(self.region, name) if name is not None else None
         if rows is not None:
-            low, size = (-self.sizes(rows[1]) if rows[0] else 0), self.sizes(rows[1])
-            return torch.randint(low, size, shape, generator=self.draw.inputs)
+            low, high = (n if isinstance(n, int) else self.sizes(n) for n in rows)
+            return torch.randint(low, high, shape, generator=self.draw.inputs)
         if name is not None and _is_position(self.region.program, name):
             return torch.randint(0, self.sizes(self.region.shape.kv_len), shape, generator=self.draw.inputs)
         return self.conditions(shape).long()
@@ -405,18 +405,32 @@ def _added(program: ScoreProgram) -> tuple[str, ...]:
     return tuple(t.args[0] for t in terms if t.op == "load" and not E.selects(t))
 
 
-def _rows_selected(region: AttentionRegion, name: str) -> tuple[bool, Any] | None:
-    """Of a captured integer that selects elements: whether it may be negative, and of how many."""
-    found: list[tuple[bool, Any]] = []
+def _rows_selected(region: AttentionRegion, name: str) -> tuple[Any, Any] | None:
+    """The range of a captured integer that selects elements: what every element that it selects allows."""
+    lows: list[Any] = []
+    highs: list[Any] = []
     for e in (region.program.score, region.program.mask):
         for n in E.walk(e) if e is not None else ():
             if n.op != "load":
                 continue
             sizes = sizes_of(region.scope.captures[n.args[0]]) or (1,)
             for i, size in zip(n.operands, sizes, strict=True):
-                if any(part.op == "load" and part.args[0] == name for part in E.walk(i)):
-                    found.append((i.op == "where", size))
-    return min(found, key=lambda f: (f[0], str(f[1]))) if found else None
+                if not any(part.op == "load" and part.args[0] == name for part in E.walk(i)):
+                    continue
+                alone = i.args[2] if i.op == "where" else i
+                if alone.op == "load" and alone.args[0] == name:
+                    lows.append(-size if i.op == "where" else 0)
+                    highs.append(size)
+                else:
+                    # Of a sum the other terms take most of the range.
+                    lows.append(0)
+                    highs.append(3)
+    return (max(lows, key=_shown), min(highs, key=_shown)) if lows else None
+
+
+def _shown(size: Any) -> tuple[bool, Any]:
+    """An order of numbers, with symbolic sizes after them."""
+    return (False, size) if isinstance(size, int) else (True, str(size))
 
 
 def _sinks(program: ScoreProgram) -> tuple[str, ...]:

@@ -92,6 +92,26 @@ def window_bias(q, k, v, table, index):
     return softmax(q @ k.transpose(-1, -2) + bias[None]) @ v
 
 
+def with_segments() -> tuple[Tensor, ...]:
+    return (*qkv(), randn(40, H), torch.randint(0, 3, (B, S)))
+
+
+@fused(
+    "selected",
+    "s + c[where(d[b, kv] == d[b, q], abs(kv - q) + (kv > q)*8, mul[b, q, 0] + d[b, kv] + 16), h] "
+    "else nan",
+    inputs=with_segments, captures=DYNAMO,
+)  # fmt: skip
+def segments(q, k, v, table, segment):
+    """Rows selected by distance inside a segment, and by the pair of segments outside."""
+    distance = torch.arange(S)[None, :] - torch.arange(S)[:, None]
+    inside = (distance > 0) * 8 + distance.abs()
+    own, other = segment[:, :, None], segment[:, None, :]
+    place = torch.where(other == own, inside[None], own * 3 + other + 16)
+    bias = F.embedding(place, table).permute(0, 3, 1, 2)
+    return softmax(q @ k.transpose(-1, -2) + bias) @ v
+
+
 @left("selected", inputs=products_and_index(0), captures=DYNAMO)
 def sorted_scores(q, k, v, by_bucket, index):
     """The scores themselves are gathered."""
