@@ -16,6 +16,7 @@ from flashfuse.checker import SiteChecker
 from flashfuse.kernels.spec import Reason
 from flashfuse.options import Options
 from flashfuse.passes import nodes
+from flashfuse.passes.bodies import call_with, movable, move_in
 from flashfuse.passes.find import find_regions
 from flashfuse.passes.inline import inline
 from flashfuse.passes.plan import Fuse, Left, SitePlan, loads_full, plan
@@ -56,12 +57,30 @@ def _run(gm: fx.GraphModule, checker: SiteChecker | None) -> tuple[fx.GraphModul
     changed = any(isinstance(p, Fuse) for p in plans)
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule):
-            new_child, inner = _run(child, checker)
+            new_child, inner = _run_body(new, name, checker)
             sites += inner
             if new_child is not child:
                 setattr(new, name, new_child)
                 changed = True
     return (new if changed else gm), tuple(sites)
+
+
+def _run_body(
+    caller: fx.GraphModule, name: str, checker: SiteChecker | None
+) -> tuple[fx.GraphModule, tuple[SiteReport, ...]]:
+    """As :func:`_run`, for the graph called ``name`` inside ``caller``, a copy.
+
+    Masks that the caller makes and a site inside would load whole are made inside, where that helps.
+    """
+    body: fx.GraphModule = caller.get_submodule(name)  # type: ignore[assignment]
+    arguments = movable(caller, name)
+    if arguments and any(site.given_full for site in _run(body, None)[1]):
+        inside, operands = move_in(caller, name, arguments)
+        new, sites = _run(inside, checker)
+        if all(site.status == "fused" and not site.loads_full for site in sites):
+            call_with(caller, name, operands)
+            return new, sites
+    return _run(body, checker)
 
 
 def _rewritten(

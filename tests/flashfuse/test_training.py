@@ -63,12 +63,13 @@ def the_site():
     return site
 
 
-def test_gradient_checkpointing():
-    """The mask is made outside the part that is run again, so it is read as a tensor there."""
-    owner = model()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradient_checkpointing(attention):
+    """The mask is made outside the part that is run again, and lifted nevertheless."""
+    owner = model(attention)
     owner.gradient_checkpointing_enable()
     assert_same(step(compiled(owner), owner), step(owner, owner), in_float64(owner))
-    assert the_site().status == "fused"
+    assert the_site().status == "fused" and the_site().mask == "kv <= q and attention_mask[b, kv]"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
