@@ -140,6 +140,7 @@ _SIGNATURES: dict[str, str] = {
     "arange": "start end step",
     "diff": "input n dim prepend append",
     "cumsum": "input dim dtype",
+    "eye": "n m",
     "full": "size value",
     "zeros": "*size",
     "ones": "*size",
@@ -285,6 +286,8 @@ def read(node: fx.Node) -> Op | None:
         return _arange(node)
     if name == "embedding":
         return _embedding(node)
+    if name == "einsum" and (permuted := _permutation(node)) is not None:
+        return permuted
     signature = _SIGNATURES.get(name)
     if signature is None:
         return None
@@ -432,6 +435,17 @@ def _embedding(node: fx.Node) -> Op | None:
     if given.get("padding_idx", no_row) != no_row or any(given.get(name) for name in special):
         return None
     return Op("embedding", {"input": given.get("input", given.get("indices")), "weight": given["weight"]})
+
+
+def _permutation(node: fx.Node) -> Op | None:
+    """``einsum("ijbn->bnij", x)``, which is a view."""
+    args = _bind(_SIGNATURES["einsum"], node)
+    if args is None or not isinstance(args.get("equation"), str) or len(args.get("operands", ())) != 1:
+        return None
+    term, arrow, out = args["equation"].replace(" ", "").partition("->")
+    if not arrow or not term.isalpha() or sorted(term) != sorted(out) or len(set(term)) != len(term):
+        return None
+    return Op("permute", {"input": args["operands"][0], "dims": [term.index(letter) for letter in out]})
 
 
 def _module(node: fx.Node) -> torch.nn.Module | None:

@@ -112,21 +112,28 @@ def _indexed(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
         if moved is not None:
             return lift.element(source, moved)
     items = op.args["index"] if op.name == "getitem" else op.args["indices"]
-    return _gather(lift, source, items if isinstance(items, (tuple, list)) else (items,), index)
+    items = items if isinstance(items, (tuple, list)) else (items,)
+    whole: Any = None if op.name == "index" else slice(None)
+    first = next((d for d, item in enumerate(items) if not _is_same(item, whole)), 0)
+    return _gather(lift, source, first, items[first:], index)
 
 
-def _gather(lift: Lift, source: fx.Node, items: Sequence[Any], index: Index) -> Expr:
-    """``source[i0, i1, …]`` where every item is an integer tensor, broadcast together."""
+def _is_same(item: Any, whole: Any) -> bool:
+    return type(item) is type(whole) and item == whole
+
+
+def _gather(lift: Lift, source: fx.Node, first: int, items: Sequence[Any], index: Index) -> Expr:
+    """``source[:, …, i0, i1, …]``: from dimension ``first`` on integer tensors, broadcast together."""
     sizes = shape(source)
     tensors = [i for i in items if isinstance(i, fx.Node) and isinstance(nodes.value(i), torch.Tensor)]
-    if len(tensors) != len(items) or len(items) > len(sizes):
+    if len(tensors) != len(items) or first + len(items) > len(sizes):
         raise NotLiftable("indexing that mixes tensors and slices")
     if any(nodes.value(t).dtype in (torch.bool, torch.uint8) for t in tensors):
         raise NotLiftable("indexing by a mask")
-    rank = len(index) - (len(sizes) - len(items))
-    head, tail = index[:rank], index[rank:]
+    end = len(index) - (len(sizes) - first - len(items))
+    before, head, tail = index[:first], index[first:end], index[end:]
     positions = []
-    for t, size in zip(tensors, sizes, strict=False):
+    for t, size in zip(tensors, sizes[first:], strict=False):
         position = lift.simplify(lift.operand(t, head))
         low, high = lift.interval(position)
         if _is_data(position):
@@ -137,7 +144,7 @@ def _gather(lift: Lift, source: fx.Node, items: Sequence[Any], index: Index) -> 
         elif isinstance(size, int) and (high is None or high >= size):
             raise NotLiftable("indexing by positions that are not known to be in range")
         positions.append(const(0) if same(size, 1) else position)
-    return lift.element(source, (*positions, *tail))
+    return lift.element(source, (*before, *positions, *tail))
 
 
 def _from_end(lift: Lift, position: Expr, size: Size) -> Expr:
@@ -295,6 +302,9 @@ def _arithmetic(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
         if not (E.is_integral(a) and E.is_integral(b)):
             raise NotLiftable("an integer division of stored values")
         return lift.simplify((E.floordiv if op.name == "floordiv" else E.mod)(a, b))
+    if op.name == "sub" and _is_choice(b):
+        # a − (0 or c) is a + (0 or −c), bit for bit: ``scores - 1e30 * mask``.
+        return E.add(a, _over_choice(E.mul, b, const(-1)))
     return _over_choice(_COMBINED[op.name], a, b)
 
 
@@ -314,9 +324,13 @@ _COMBINED: dict[str, Callable[[Expr, Expr], Expr]] = {
 def _over_choice(combine: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr:
     """``combine(a, b)``; a choice between constants stays one: ``(1 - mask) * -1e9`` is a mask."""
     for choice, other, both in ((a, b, combine), (b, a, lambda x, y: combine(y, x))):
-        if choice.op == "where" and other.is_const and choice.args[1].is_const and choice.args[2].is_const:
+        if _is_choice(choice) and other.is_const:
             return E.where(choice.args[0], both(choice.args[1], other), both(choice.args[2], other))
     return combine(a, b)
+
+
+def _is_choice(e: Expr) -> bool:
+    return e.op == "where" and e.args[1].is_const and e.args[2].is_const
 
 
 @_rule("neg", "exp", "log", "tanh", "sqrt", "rsqrt", "abs", "sigmoid", "reciprocal")
@@ -473,6 +487,13 @@ def _filled(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     if example.dtype == torch.bool:
         return E.truth(fill)
     return fill
+
+
+@_rule("eye")
+def _identity(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
+    on = E.compare("==", index[0], index[1])
+    example = nodes.tensor(node)
+    return on if example is not None and example.dtype == torch.bool else E.where(on, const(1), const(0))
 
 
 @_rule("diff")

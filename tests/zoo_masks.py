@@ -498,6 +498,28 @@ def strided(q, k, v):
     return softmax((q @ k.transpose(-2, -1) * SCALE).masked_fill((n % 2 != 0)[None, :], -INF)) @ v
 
 
+@fused(
+    "causal", "s*0.25 where where(kv == q, -1, 0) <= -where(c[b, kv] < 0.5, 1, 0)",
+    inputs=with_padding(torch.float32), captures=DYNAMO,
+)  # fmt: skip
+def padding_but_not_of_the_row_itself(q, k, v, pad):
+    """XLNet's: 1 is masked, the identity is taken off, dimensions are permuted by an einsum."""
+    masked = (pad.T < 0.5).to(q.dtype)[None, :, :, None]
+    masked = ((masked - torch.eye(S)[:, :, None, None]) > 0).to(q.dtype)
+    masked = torch.einsum("ijbn->bnij", masked)
+    return softmax(q @ k.transpose(-2, -1) * SCALE - 1e30 * masked) @ v
+
+
+@fused(
+    "causal",
+    "s*0.25 - c[q, kv]*1e+30 else nan",
+    inputs=lambda: (*qkv(), torch.ones(S, 3, S)),
+    captures=DYNAMO,
+)
+def mask_summed_by_an_einsum(q, k, v, mask):
+    return softmax(q @ k.transpose(-2, -1) * SCALE - 1e30 * torch.einsum("inj->ij", mask)) @ v
+
+
 @fused("causal", "where(kv <= q, s*0.25, 0)")
 def causal_filled_with_zero(q, k, v):
     # A fill of 0 is no mask: exp(0) is 1.
