@@ -106,6 +106,10 @@ def _split_shift(e: Expr, lift: Lift) -> tuple[Expr, frozenset[Expr]]:
         return (E.add(*rest), found) if found else (e, found)
     if e.op == "*" and e.args[1] == const(-1) and _is_shift(e.args[0], lift):
         return const(0), frozenset((e.args[0],))
+    if e.op == "*" and e.args[1].is_const and 0 < e.args[1].value < math.inf:
+        # CogView's ``(x / a - max(x / a)) * a``: the same shift, and as much of it in every term.
+        kept, shifts = _split_shift(e.args[0], lift)
+        return E.mul(kept, e.args[1]), frozenset(E.mul(shift, e.args[1]) for shift in shifts)
     if e.op == "where":
         condition, *branches = e.args
         split = [(b, None) if _masks(b) else _split_shift(b, lift) for b in branches]

@@ -298,6 +298,19 @@ def maximum_of_biased_scores_taken_off(q, k, v, bias):
     return softmax(scores - scores.amax(-1, keepdim=True)) @ v
 
 
+@fused("shifts", "s*0.25 + bias[b, h, q, kv] else nan", inputs=lambda: (*qkv(), randn(B, H, S, S)))
+def maximum_taken_off_of_smaller_scores(q, k, v, bias):
+    """CogView's, against overflow in half precision."""
+    scores = (of(q, k) + bias) / 32
+    return softmax((scores - scores.amax(-1).unsqueeze(-1)) * 32) @ v
+
+
+@left("shifts", "score_path", inputs=lambda: (*qkv(), randn(S)))
+def maximum_taken_off_and_scaled_by_the_key(q, k, v, scale):
+    scores = of(q, k)
+    return softmax((scores - scores.amax(-1, keepdim=True)) * scale) @ v
+
+
 @left("shifts", "score_path")
 def maximum_over_queries_taken_off(q, k, v):
     scores = of(q, k)
