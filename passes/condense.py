@@ -144,7 +144,9 @@ class _Reader:
         e = self.lift.element(node, index)
         if not any(n.op == "load" for n in E.walk(e)) and (E.is_integral(e) or e.is_const):
             return Form(node, self.seen(e))
-        op = None if node in self.lift.opaque or not index else dialect.read(node)
+        op = None if node in self.lift.opaque else dialect.read(node)
+        if op is not None and not index and op.name not in _SAME_EVERYWHERE | dialect.CASTS:
+            op = None
         if op is not None and node.op != "call_module":
             try:
                 found = self._read(node, op, index)
@@ -202,8 +204,6 @@ class _Reader:
             if nodes.tensor(x) is None:
                 return _number(self.lift, x)
             sizes = shape(x)
-            if not sizes:
-                return self.at(x, ())
             aligned = index[len(index) - len(sizes) :]
             place = tuple(const(0) if same(n, 1) else i for i, n in zip(aligned, sizes, strict=True))
             return self.tree(x, place)
@@ -457,7 +457,9 @@ class _Writer:
 
     def _call(self, tree: Tree) -> Any:
         if isinstance(tree, Form):
-            return self.form(tree.value, nodes.value(tree.node).dtype)
+            own = nodes.value(tree.node)
+            # A number must stay one without dimensions: what has some may promote to another dtype.
+            return self.form(tree.value, own.dtype, (1,) * (self.rank if own.ndim else 0))
         if isinstance(tree, Stored):
             if not tree.at:
                 return tree.node
@@ -476,11 +478,12 @@ class _Writer:
     def position(self, i: Any) -> Any:
         return self.form(i, torch.int64) if isinstance(i, Expr) else self.call(i)
 
-    def form(self, e: Expr, dtype: torch.dtype) -> Call:
-        """A closed form as a tensor."""
+    def form(self, e: Expr, dtype: torch.dtype, sizes: tuple[int, ...] | None = None) -> Call:
+        """A closed form as a tensor; a constant one has ``sizes``, by default those of any element."""
         found = self.value(self.over_axes(e))
         if not isinstance(found, Call):
-            return Call(torch.full, (1,) * self.rank, found, dtype=dtype, device=self.device)
+            sizes = (1,) * self.rank if sizes is None else sizes
+            return Call(torch.full, sizes, found, dtype=dtype, device=self.device)
         own = torch.bool if E.is_bool(e) else torch.int64
         return found if own == dtype else Call("to", found, dtype)
 

@@ -52,6 +52,23 @@ def indexed_by_distance(q, k, v, weight):
     return softmax(q @ k.transpose(-1, -2) + (bias + mask)) @ v
 
 
+def log_bucket(distance: Tensor, buckets: int = 8, furthest: int = 20) -> Tensor:
+    """DeBERTa's, whose constants are tensors themselves."""
+    sign, middle = torch.sign(distance), buckets // 2
+    near = (distance < middle) & (distance > -middle)
+    size = torch.where(near, torch.tensor(middle - 1).type_as(distance), torch.abs(distance))
+    far = torch.log(size / middle) / torch.log(torch.tensor((furthest - 1) / middle)) * (middle - 1)
+    return torch.where(size <= middle, distance.type_as(far), (torch.ceil(far) + middle) * sign).to(
+        torch.long
+    )
+
+
+@fused("distance_bias", "s + c[h, kv + 6 - q] else nan", inputs=with_table(17, H), captures=DYNAMO)
+def deberta(q, k, v, weight):
+    bias = F.embedding(log_bucket(distances()) + 8, weight).permute([2, 0, 1]).unsqueeze(0)
+    return softmax(q @ k.transpose(-1, -2) + bias) @ v
+
+
 @left("distance_bias", "score_path", inputs=with_table(8, H), captures=DYNAMO)
 def bucketed_scores(q, k, v, weight):
     """Buckets of the scores themselves."""
@@ -109,6 +126,24 @@ def segments(q, k, v, table, segment):
     own, other = segment[:, :, None], segment[:, None, :]
     place = torch.where(other == own, inside[None], own * 3 + other + 16)
     bias = F.embedding(place, table).permute(0, 3, 1, 2)
+    return softmax(q @ k.transpose(-1, -2) + bias) @ v
+
+
+@fused(
+    "selected", "s + c[h, where(d[q, kv] < 0, d[q, kv] + 9, d[q, kv])] else nan",
+    inputs=lambda: (*qkv(), randn(H, 9), torch.randint(-9, 9, (S, S))), captures=DYNAMO,
+)  # fmt: skip
+def heads_first(q, k, v, table, index):
+    return softmax(q @ k.transpose(-1, -2) + table[:, index]) @ v
+
+
+@fused(
+    "selected", "s + c[q, kv, h] else nan",
+    inputs=lambda: (*qkv(), randn(9, H, 9), torch.randint(9, (S,))), captures=DYNAMO,
+)  # fmt: skip
+def indices_apart(q, k, v, table, index):
+    """With a slice between two of them, what they select comes first: left to the graph."""
+    bias = table[index[:, None], :, index[None]].permute(2, 0, 1)
     return softmax(q @ k.transpose(-1, -2) + bias) @ v
 
 
