@@ -302,7 +302,7 @@ def _arithmetic(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
         if not (E.is_integral(a) and E.is_integral(b)):
             raise NotLiftable("an integer division of stored values")
         return lift.simplify((E.floordiv if op.name == "floordiv" else E.mod)(a, b))
-    if op.name == "sub" and _is_choice(b):
+    if op.name == "sub" and _is_choice(b) and not a.is_const:
         # a − (0 or c) is a + (0 or −c), bit for bit: ``scores - 1e30 * mask``.
         return E.add(a, _over_choice(E.mul, b, const(-1)))
     return _over_choice(_COMBINED[op.name], a, b)
