@@ -6,6 +6,15 @@ cut into tiles of rows; each tile runs against the columns it can reach, with a 
 size only where the tile needs one (``cpu_score.py``).  Every other program, dropout, and gradients
 of captures run in ``cpu_blas.py``.  A sink is put into ``out`` and ``lse`` afterwards, which is all that
 the kernel's backward reads; its own gradient follows from them (``sinks.py``).
+
+The kernel takes ``delta = rowsum(P ∘ dP)`` from ``do · out``, so that a rounding of ``out`` stays in every
+score gradient of the row, where a softmax's rows of dS add up to 0.  Where values are much alike, that is
+most of what is left of ``dP - delta``.  A vector c that is taken from all values changes roundings only:
+
+    out = P (v - c) + c        dS = P ∘ (do (v - c)ᵀ - rowsum(do ∘ (out - c)))
+
+c is the mean of some outputs of the head.  So it is no larger than an output, whatever stands in values that
+no row attends to.
 """
 
 from __future__ import annotations
@@ -40,6 +49,9 @@ _FEWEST_COLUMNS = 16
 
 _WORTH_A_CALL = 1 << 20
 """Scores that take much longer than the overhead of one call."""
+
+_SAMPLE = 4
+"""Rows from which the common part of the outputs is taken, of at least 16 times as many."""
 
 
 def forward(
@@ -192,6 +204,42 @@ class _Native:
             return mask.expand(1, 1, *shape)
         return mask.expand(1, heads, *shape)[0].unflatten(0, (self.kv_heads, -1))
 
+    def by_query_head(self, x: Tensor) -> Tensor:
+        """[B, H_kv, n, D] → [B, H, n, D]."""
+        return x.repeat_interleave(self.sizes[1] // self.kv_heads, 1)
+
+    def centre(self, out: Tensor) -> Tensor:
+        """The mean of some rows ``out`` [B, H, n, D] by key head, [B, H_kv, 1, D]; 0 where unusable."""
+        mean = out.unflatten(1, (self.kv_heads, -1)).mean((2, 3)).unsqueeze(2)
+        # Not where it is NaN or infinite, nor where what is left could overflow.
+        return torch.where(mean.abs() < torch.finfo(out.dtype).max ** 0.75, mean, 0)
+
+    def sampled_centre(self, every: Sequence[Tile], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """:meth:`centre` of the last few rows of each batch entry."""
+        out = v.new_zeros(*self.sizes[:2], _SAMPLE, v.shape[-1])
+        for tile in {tile.b0: tile for tile in every if not tile.is_empty}.values():
+            conditions = (*tile.conditions, _CAUSAL) if tile.causal else tile.conditions
+            q0 = max(tile.q0, tile.q1 - _SAMPLE)
+            some = replace(tile, q0=q0, conditions=conditions, causal=False)
+            rows = self.attended(some, self.mask(some), q, k, v)[0]
+            out[tile.b0 : tile.b1, :, : tile.q1 - q0] = rows
+        return self.centre(out)
+
+    def attended(
+        self, tile: Tile, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the kernel makes of a tile: [b, H, rows, D] and ``lse`` [b, H, rows]."""
+        out, lse = _flash(
+            self.by_group(q[:, :, tile.q0 : tile.q1], tile, False),
+            self.by_group(k[:, :, tile.k0 : tile.k1], tile, True),
+            self.by_group(v[:, :, tile.k0 : tile.k1], tile, True),
+            is_causal=tile.causal,
+            attn_mask=self.mask_by_group(mask, tile),
+            scale=self.form.scale,
+        )
+        lead = (tile.b1 - tile.b0, self.sizes[1], tile.q1 - tile.q0)
+        return out.reshape(*lead, self.head_dim), lse.reshape(lead)
+
     def sink(self, like: Tensor) -> Tensor:
         """[B, H, Sq]."""
         return sinks.logits(
@@ -226,6 +274,10 @@ def _native_forward(
     mean = None
     sink = site.sink(lse) if site.form.sink is not None else None
     q, k, v = site.padded(q), site.padded(k), site.padded(v)
+    centre, centred = None, v
+    if q_len >= 16 * _SAMPLE and _is_exact(site) and not _has_short_rows(site, every):
+        centre = site.sampled_centre(every, q, k, v)
+        centred, centre = v - centre, site.by_query_head(centre)
     for tile in every:
         rows = (slice(tile.b0, tile.b1), slice(None), slice(tile.q0, tile.q1))
         dead: Tensor | None
@@ -235,19 +287,14 @@ def _native_forward(
             dead = torch.ones(1, 1, 1, dtype=torch.bool)
         else:
             mask = site.mask(tile)
-            tile_out, tile_lse = _flash(
-                site.by_group(q[:, :, tile.q0 : tile.q1], tile, False),
-                site.by_group(k[:, :, tile.k0 : tile.k1], tile, True),
-                site.by_group(v[:, :, tile.k0 : tile.k1], tile, True),
-                is_causal=tile.causal,
-                attn_mask=site.mask_by_group(mask, tile),
-                scale=site.form.scale,
-            )
-            out[rows] = tile_out.reshape(tile.b1 - tile.b0, heads, -1, site.head_dim)[..., :v_dim]
-            lse[rows] = tile_lse.reshape(tile.b1 - tile.b0, heads, -1)
-            dead = _dead_rows(mask, tile, tile_lse)
+            tile_out, lse[rows] = site.attended(tile, mask, q, k, centred)
+            dead = _dead_rows(mask, tile, lse[rows])
+            if centre is not None:
+                tile_out += centre[tile.b0 : tile.b1]
             if dead is not None:
+                tile_out = tile_out.masked_fill(dead[..., None], 0)
                 lse[rows] = lse[rows].masked_fill(dead, float("-inf"))
+            out[rows] = tile_out[..., :v_dim]
         if sink is not None:
             out[rows], lse[rows] = sinks.corrected(out[rows], lse[rows], sink[rows])
             dead = None if dead is None else dead & (sink[rows] == float("-inf"))
@@ -256,7 +303,7 @@ def _native_forward(
         elif dead is not None and site.program.dead_rows in AVERAGING:
             if mean is None:
                 mean = v[..., :v_dim].to(site.dtype).mean(2, keepdim=True).to(v.dtype)
-                mean = mean.repeat_interleave(heads // site.kv_heads, 1)
+                mean = site.by_query_head(mean)
             out[rows] = torch.where(dead[..., None], mean[tile.b0 : tile.b1], out[rows])
     return out, lse
 
@@ -277,13 +324,18 @@ def _dead_rows(mask: Tensor | None, tile: Tile, lse: Tensor) -> Tensor | None:
     return dead if dead.any() else None
 
 
+def _is_exact(site: _Native) -> bool:
+    """Whether ``out`` is as exact as what it is computed in."""
+    return site.dtype == site.q_dtype
+
+
 def _has_short_rows(site: _Native, every: Sequence[Tile]) -> bool:
     """True where every row may see few keys, and the dtype shows the difference.
 
     The kernel takes rowsum(P ∘ dP) from ``out``.  A softmax takes it from dP itself, so that errors
     cancel in a row of few keys; in float32 the kernel is up to three times less exact there.
     """
-    if site.dtype != site.q_dtype:
+    if not _is_exact(site):
         return False
     form = site.form
     if any("q" in form.uses(c) for c in form.conditions if c != _CAUSAL):
@@ -310,6 +362,9 @@ def _native_backward(
         # With lse 0 the weights of a dead row are exp(-inf - 0) = 0, as long as out is finite.
         lse = lse.masked_fill(dead, 0)
         out = out.masked_fill(dead[..., None], 0)
+    if _is_exact(site):
+        centre = site.centre(out)
+        out, v = out - site.by_query_head(centre), v - centre
     rows_of = [site.padded(x) for x in (do, q, out)] + [lse]
     columns_of = [site.padded(x) for x in (k, v)]
 
