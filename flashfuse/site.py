@@ -169,7 +169,13 @@ class Site:
             # A sum over rows of P_sink · Σ P dP, each of which is rounded, and which cancel each other.
             q, k, v, captures, ints = self.arguments(kind.inputs)[:5]
             sizes = magnitudes(q, k, v, captures, ints, self.program, of_scores=False)
-            return found | {n: sizes[n] for n in differentiable_loads(self.program.sink) if n in sizes}
+            sinks = differentiable_loads(self.program.sink)
+            sums = {n: c.numel() for n, c in zip(self.program.captures, captures, strict=True) if n in sinks}
+            # Σ |terms| / √n: n roundings of independent signs.
+            rows = q[..., 0].numel()
+            return found | {
+                n: sizes[n] / math.sqrt(max(1, rows / size)) for n, size in sums.items() if n in sizes
+            }
         if kind.flushes and any(device.type == "cuda" for device in devices_of(kind.inputs)):
             # A few products below the smallest normal number, each taken for 0.
             size = 4 * torch.finfo(torch.float32).smallest_normal / torch.finfo(self.computed_in).eps
