@@ -4,8 +4,9 @@
 
 Batch × length is 16k tokens, heads × head_dim 2048, bfloat16.  TFLOP/s counts 4·B·H·N²·D operations
 forward (half of them under a causal mask) and 2.5 times as many backward.  Rounds are interleaved and
-the median is shown.  A row whose results are not equal to float64 within twice the error of eager
-attention gets no figure.
+the median is shown.  The last row is a decoding step, one query against a long cache with grouped
+heads: GB/s of k and v, and their share of what the memory gives.  A row whose results are not equal to
+float64 within twice the error of eager attention gets no figure.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ from flashfuse.kernels.spec import ScoreProgram
 TOKENS, WIDTH = 16384, 2048
 ROUNDS = 3
 Shape = tuple[int, int, int, int]
+
+DECODE = (8, 32, 8, 32768, 128)
+"""B, H, H_kv, Skv, D."""
+COPY_GB_S = 3020
+"""What a copy reaches on an H100 80GB HBM3."""
 
 DENSE = [(d, causal, n) for d in (64, 128) for n in (1024, 4096, 16384) for causal in (False, True)]
 SPARSE = [("causal", 1 << 30), ("window 4096", 4096), ("window 1024", 1024), ("window 256", 256)]
@@ -202,6 +208,69 @@ def measure(
     return row
 
 
+def measure_decode() -> dict[str, Any]:
+    """One query against a cache: forward alone, in ms and GB/s."""
+    b, h, kv_heads, length, d = DECODE
+    q, k, v = (
+        torch.randn(b, n, heads, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for n, heads in ((1, h), (length, kv_heads), (length, kv_heads))
+    )
+    program = ScoreProgram.parse(f"s*{d**-0.5}")
+    padded = ScoreProgram.parse(f"s*{d**-0.5} where kv <= last[q] and pad[b, kv] else uniform")
+    captures = [torch.tensor([length - 1], device="cuda"), torch.ones(b, length, device="cuda").bool()]
+    sizes = (b, h, 1, length)
+    maps = list(block_map.build(captures, (), q.device, sizes, padded.mask_program))
+
+    def backend(which: SDPBackend) -> Callable[..., Tensor]:
+        def run(*qkv: Tensor) -> Tensor:
+            with sdpa_kernel(which):
+                return F.scaled_dot_product_attention(*qkv, enable_gqa=True)
+
+        return run
+
+    def masked(*qkv: Tensor) -> Tensor:
+        out: Tensor = torch.ops.flashfuse.attention(
+            *qkv, captures, [], maps, None, padded.text, 0.0, "triton"
+        )[0]
+        return out
+
+    ways: dict[str, Callable[..., Tensor]] = {
+        "ours": functools.partial(ours, program=program, maps=[]),
+        "ours, mask": masked,
+        "flash": backend(SDPBackend.FLASH_ATTENTION),
+        "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
+    }
+    exact, eager = (
+        attention_reference(q[:1].to(t), k[:1].to(t), v[:1].to(t), (), (), program)[0]
+        for t in (torch.float64, torch.bfloat16)
+    )
+    bound = 2 * (eager - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    is_equal = all(bool((ways[w](q, k, v)[:1] - exact).abs().max() <= bound) for w in ("ours", "ours, mask"))
+    if not is_equal:
+        del ways["ours"], ways["ours, mask"]
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, run in ways.items():
+            try:
+                times[name].append(elapsed_ms(functools.partial(run, q, k, v)))
+            except Exception as error:
+                print(
+                    f"# {name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", file=sys.stderr
+                )
+    ms = {name: statistics.median(t) for name, t in times.items() if t}
+    size = (k.numel() + v.numel()) * k.element_size()
+    rates = {name: size / t / 1e6 for name, t in ms.items()}
+    return {"name": "decode 32k", "shape": DECODE, "equal": is_equal, "ms": ms, "gb_s": rates}
+
+
+def show_decode(row: dict[str, Any]) -> None:
+    cells = [
+        f"{way} {ms:.3f} ms {row['gb_s'][way]:.0f} GB/s {row['gb_s'][way] / COPY_GB_S:.0%}"
+        for way, ms in row["ms"].items()
+    ]
+    print(f"{row['name']:18s} " + "  ".join(cells) + ("" if row["equal"] else "  NOT EQUAL"), flush=True)
+
+
 def show(row: dict[str, Any]) -> None:
     cells = []
     for way, (forward, backward) in row["ms"].items():
@@ -242,6 +311,8 @@ def main() -> None:
         for name, window in SPARSE:
             rows.append(measure(name, (1, 16, 16384, 128), True, window, False))
             show(rows[-1])
+    rows.append(measure_decode())
+    show_decode(rows[-1])
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 

@@ -31,6 +31,10 @@ _HALF: dict[tuple[str, int], tuple[Config, Config, Config, Config]] = {
     ("dkdv", 10): (_C(32, 64, 4, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1), _C(32, 64, 4, 2)),
     ("dq", 10): (_C(64, 64, 4, 2), _C(64, 64, 8, 2), _C(64, 32, 8, 1), _C(64, 32, 4, 2)),
 }
+_DECODE: dict[int, tuple[Config, Config, Config]] = {
+    2: (_C(16, 128, 4, 3), _C(16, 64, 4, 3), _C(16, 32, 4, 3)),
+    4: (_C(16, 64, 4, 2), _C(16, 32, 8, 2), _C(16, 32, 8, 2)),
+}
 # Where every tile is full, on capability 9: (kernel, bucket, long sequences)
 _DENSE: dict[tuple[str, int, bool], Config] = {
     ("forward", 64, False): _C(64, 64, 4, 3),
@@ -66,8 +70,10 @@ class Kind(NamedTuple):
 
 
 def choose(kernel: str, kind: Kind) -> Config:
-    """The config of ``forward``, ``dkdv`` or ``dq``."""
+    """The config of ``forward``, ``dkdv`` or ``dq``; that of ``decode`` is for the fewest rows."""
     bucket = 0 if kind.head_dim <= 64 else 1 if kind.head_dim <= 128 else 2
+    if kernel == "decode":
+        return _DECODE[2 if kind.itemsize == 2 else 4][bucket]
     if kind.itemsize != 2:
         return _SINGLE[kernel][bucket]
     if kind.loads_tiles and bucket < 2:

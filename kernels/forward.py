@@ -55,7 +55,7 @@ def load_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+def attend(  # type: ignore[no-untyped-def]
     acc, l, m, q, k_base, v_base, sks, svs, start, q_first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
     threshold,
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
@@ -150,7 +150,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
         num_tiles = partial * (BLOCK // BN)
         start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
-            acc, l, m = _attend(
+            acc, l, m = attend(
                 acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
                 seed, bh,
                 threshold, SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN,
@@ -160,7 +160,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
         num_tiles = tl.load(Row + 1) * (BLOCK // BN)
         start = tile_start(Row + 2 + partial, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
-            acc, l, m = _attend(
+            acc, l, m = attend(
                 acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
                 seed, bh,
                 threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
@@ -170,7 +170,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
     else:
         whole = Skv // BN * BN
         for start in range(0, whole, BN):
-            acc, l, m = _attend(
+            acc, l, m = attend(
                 acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
                 seed, bh,
                 threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
@@ -178,7 +178,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         if not EVEN:  # noqa: SIM102 (known when compiled; the inner one is not)
             if whole < Skv:
-                acc, l, m = _attend(
+                acc, l, m = attend(
                     acc, l, m, q, k_base, v_base, sks, svs, whole, first, q_rows, b, h, Sq, Skv, ptrs, nums,
                     seed, bh,
                     threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True,

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from flashfuse.kernels import backward as backward_kernels
-from flashfuse.kernels import block_map, configs, dropout, sinks
-from flashfuse.kernels.codegen import LOG2E, CaptureType, Generated, capture_type, generate
+from flashfuse.kernels import block_map, configs, decode, dropout, sinks
+from flashfuse.kernels.codegen import LOG2E, Generated, generate
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward
 from flashfuse.kernels.launch import Launch, Launches, launch, on_device
+from flashfuse.kernels.layout import fits, is_aligned, map_strides, padded, strides_of, typed
 from flashfuse.kernels.ops import BLOCK, empty_bhsd
 from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram, differentiable_loads
 
@@ -47,10 +48,19 @@ def forward(
     if site.is_empty:
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
-    kv_map, _ = site.maps(maps, captures, ints, q.device)
+    # Without a map the kernel for few queries visits every key.
+    every_key = site.splits and not site.shares_map
+    kv_map = None if every_key else site.maps(maps, captures, ints, q.device)[0]
     ptrs = tuple(captures)
+    aligned = is_aligned(q, k, v, *ptrs)
+    if site.splits:
+        parts = lse.new_empty((lse.numel() * site.splits, site.v_dim + 8))
+        with on_device(q.device):
+            make = functools.partial(site.make_split, kv_map)
+            site.launches.run("split", aligned, make, q, k, v, parts, kv_map, ptrs)
+            site.launches.run("combine", aligned, site.make_combine, parts, v, out, lse, ptrs)
+        return out, lse
     mean = v.mean(2, dtype=torch.float32).contiguous() if site.averages and not site.dropout else None
-    aligned = _aligned(q, k, v, *ptrs)
     with on_device(q.device):
         make = functools.partial(site.make_forward, kv_map)
         site.launches.run("forward", aligned, make, q, k, v, out, lse, kv_map, seed, mean, ptrs)
@@ -87,7 +97,7 @@ def backward(
     lse = lse.contiguous()
     kv_map, q_map = site.maps(maps, captures, ints, q.device)
     ptrs = tuple(captures)
-    aligned = _aligned(q, k, v, do, out, *ptrs)
+    aligned = is_aligned(q, k, v, do, out, *ptrs)
     code = site.code
     run = site.launches.run
     used, delta = torch.empty_like(lse), torch.empty_like(lse)
@@ -184,7 +194,7 @@ class _Site:
         self.program = program
         if program.mask is not None and program.mask.is_const and program.mask.value:
             self.program = dataclasses.replace(program, mask=None)
-        self.d_pad, self.dv_pad = _padded(self.dim), _padded(self.v_dim)
+        self.d_pad, self.dv_pad = padded(self.dim), padded(self.v_dim)
         self.even = self.q_len % BLOCK == 0 and self.kv_len % BLOCK == 0
         self.dropout = dropout_p > 0
         self.threshold = _threshold(dropout_p)
@@ -194,25 +204,27 @@ class _Site:
         self.averages = program.dead_rows in AVERAGING
         # "mean" without dropout has a closed form; otherwise dead rows take a pass of their own.
         self.uniform = program.dead_rows in UNIFORM
-        self.fits = [_fits(t) for t in tensors]
+        self.fits = [fits(t) for t in tensors]
         self.strides = [
-            _strides(t) if fits else _strides(t.contiguous())
-            for t, fits in zip(tensors, self.fits, strict=True)
+            strides_of(t if fit else t.contiguous()) for t, fit in zip(tensors, self.fits, strict=True)
         ]
-        types, numbers = _typed(captures)
+        types, numbers = typed(captures)
         self.nums = (*(n for s in numbers for n in s), *ints)
         of_score = differentiable_loads(program.score)
         of_sink = frozenset() if program.sink is None else differentiable_loads(program.sink)
         self.of_sink = tuple(i for i in wanted if program.captures[i] in of_sink)
         self.of_score = tuple(i for i in wanted if program.captures[i] not in of_sink - of_score)
         buffers = [torch.empty(captures[i].shape, device="meta") for i in self.of_score]
-        buffer_types, buffer_numbers = _typed(buffers)
+        buffer_types, buffer_numbers = typed(buffers)
         self.gnums = tuple(n for s in buffer_numbers for n in s)
         grads = tuple(zip(self.of_score, buffer_types, strict=True))
         self.code: Generated = generate(self.program, types, grads, self.precision != "ieee")
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
         self.launches = Launches()
         self.capability = _major_capability(q.device)
+        # Heads that share a tile must share the lists of blocks.
+        self.shares_map = self.group == 1 or "h" not in self.program.mask_variables
+        self.splits = 0 if self.is_empty else self._splits(q.device)
 
     def rows(self, t: Tensor, position: int) -> Tensor:
         """``t`` as the kernels read it: copied if its layout does not fit."""
@@ -259,27 +271,68 @@ class _Site:
     def _scale(self) -> float | None:
         return None if self.code.scale is None else self.code.scale * LOG2E
 
+    @property
+    def _out_strides(self) -> tuple[int, int, int]:
+        width = self.heads * self.v_dim // 8
+        return self.q_len * width, self.v_dim // 8, width
+
+    @property
+    def _dead(self) -> int:
+        if self.averages and not self.dropout:
+            return DEAD_MEAN
+        return DEAD_NAN if self.program.dead_rows == "nan" else DEAD_ZERO
+
     def make_forward(self, kv_map: Tensor | None) -> Launch:
         code = self.code
         config = self.config("forward")
-        out = (self.q_len * self.heads * self.v_dim // 8, self.v_dim // 8, self.heads * self.v_dim // 8)
-        dead = DEAD_NAN if self.program.dead_rows == "nan" else DEAD_ZERO
-        if self.averages and not self.dropout:
-            dead = DEAD_MEAN
         numbers = (
-            *(self.nums, *self.strides[0], *self.strides[1], *self.strides[2], *out),
-            *(*self._lengths, *_map_strides(kv_map), *self._drop),
+            *(self.nums, *self.strides[0], *self.strides[1], *self.strides[2], *self._out_strides),
+            *(*self._lengths, *map_strides(kv_map), *self._drop),
             *(code.score, code.mask, code.sink, self._scale, code.folded, *self._dims),
-            *(BLOCK, self.even, self.dropout, dead, self.precision, config.bm, config.bn),
+            *(BLOCK, self.even, self.dropout, self._dead, self.precision, config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
         return Launch(attention_forward, programs, numbers, config.warps, config.stages)
 
+    def _splits(self, device: torch.device) -> int:
+        """How many parts the keys are split into; 0 where the ordinary kernel runs."""
+        most = self.kv_len // decode.FEWEST_KEYS
+        if self.q_len > decode.MAX_QUERIES or self.dropout or most < 2:
+            return 0
+        return decode.split_count(self._decode_tiles(), most, _processors(device))
+
+    def _decode_config(self) -> configs.Config:
+        rows = padded(min(self.group * self.q_len, 64))
+        return self.config("decode")._replace(bm=rows)
+
+    def _decode_tiles(self) -> int:
+        return -(-self.group * self.q_len // self._decode_config().bm) * self.batch * self.kv_heads
+
+    def make_split(self, kv_map: Tensor | None) -> Launch:
+        code = self.code
+        config = self._decode_config()
+        numbers = (
+            *(self.nums, *self.strides[0], *self.strides[1], *self.strides[2], *self._lengths),
+            *(*map_strides(kv_map)[:2], self.splits),
+            *(code.score, code.mask, self._scale, code.folded, *self._dims, BLOCK),
+            *(self.precision, config.bm, config.bn),
+        )
+        programs = self._decode_tiles() * self.splits
+        return Launch(decode.decode_split, programs, numbers, config.warps, config.stages)
+
+    def make_combine(self) -> Launch:
+        code = self.code
+        numbers = (
+            *(self.nums, *self.strides[2], *self._out_strides, *self._lengths, self.splits),
+            *(code.sink, code.scale is not None or code.folded, self.v_dim, self.dv_pad, self._dead),
+            *(decode.MAX_SPLITS, 16),
+        )
+        return Launch(decode.decode_combine, self.batch * self.heads * self.q_len, numbers)
+
     def make_dead_rows(self) -> Launch:
         config = self.config("dq")
-        out = (self.q_len * self.heads * self.v_dim // 8, self.v_dim // 8, self.heads * self.v_dim // 8)
         numbers = (
-            *(*self.strides[2], *out, *self._lengths, *self._drop),
+            *(*self.strides[2], *self._out_strides, *self._lengths, *self._drop),
             *(self.v_dim, self.dv_pad, self.precision, config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
@@ -318,8 +371,8 @@ class _Site:
         code = self.code
         config = self.config("dkdv")
         numbers = (
-            *(self.nums, *self._four_strides, *_strides(dk), *_strides(dv)),
-            *(*_strides(extra_k), *_strides(extra_v), *self._lengths, *_map_strides(q_map)),
+            *(self.nums, *self._four_strides, *strides_of(dk), *strides_of(dv)),
+            *(*strides_of(extra_k), *strides_of(extra_v), *self._lengths, *map_strides(q_map)),
             *(
                 *self._drop,
                 self._dscale,
@@ -349,9 +402,9 @@ class _Site:
                 self.nums,
                 self.gnums,
                 *self._four_strides,
-                *_strides(dq),
+                *strides_of(dq),
                 *self._lengths,
-                *_map_strides(kv_map),
+                *map_strides(kv_map),
             ),
             *(*self._drop, self._dscale, code.score, None if uniform else code.mask, code.dscore, accumulate),
             *(self._scale, code.folded, *self._dims, BLOCK, self.even, self.dropout, self.precision, uniform),
@@ -426,6 +479,10 @@ def _major_capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, dropout_p: float) -> None:
     batch, heads, _, dim = q.shape
     if (
@@ -446,22 +503,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, dropout_p: floa
         raise ValueError("expected a seed: dropout_p > 0")
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    bits = 0
-    for t in tensors:
-        bits |= t.data_ptr()
-    return bits % 16 == 0
-
-
-def _typed(tensors: Sequence[Tensor]) -> tuple[tuple[CaptureType, ...], tuple[tuple[int, ...], ...]]:
-    pairs = [capture_type(t) for t in tensors]
-    return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
-
-
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def _threshold(dropout_p: float) -> int:
     """Signed 32-bit: a uniform int32 is below it with probability ``dropout_p``."""
     return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
@@ -471,26 +512,3 @@ def _precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "tf32"  # of no effect
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _fits(t: Tensor) -> bool:
-    """The last axis is dense, the other strides are whole units of 8 elements, tile offsets fit 32 bits."""
-    strides = t.stride()
-    units = all(n == 1 or s % 8 == 0 for n, s in zip(t.shape[:3], strides[:3], strict=True))
-    return strides[3] == 1 and units and strides[2] < 2**23
-
-
-def _strides(t: Tensor | None) -> tuple[int, int, int]:
-    """Strides of b, h and s in units of 8 elements."""
-    if t is None:
-        return 0, 0, 0
-    b, h, s, _ = t.stride()
-    return b // 8, h // 8, s // 8
-
-
-def _map_strides(block_map: Tensor | None) -> tuple[int, int, int]:
-    """Strides of b, h and the row; an axis of size 1 serves every b or h."""
-    if block_map is None:
-        return 0, 0, 0
-    lead_b, lead_h, rows, row = block_map.shape
-    return (lead_h * rows * row if lead_b > 1 else 0), (rows * row if lead_h > 1 else 0), row

@@ -67,19 +67,32 @@ def sinks(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
     return [torch.randn(h)]
 
 
+def window_by_head(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
+    """[H]: the first key of each head."""
+    return [torch.randint(1, skv, (h,))]
+
+
+def mostly_padding(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
+    """[B, Skv]: the first sequence is long enough for its last queries only."""
+    start = torch.tensor([skv - sq + 1] + [0] * b)[:b]
+    return [torch.arange(skv)[None] >= start[:, None]]
+
+
 def hostile_sinks(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
     """[H]: absent, far below, far above, and two ordinary ones."""
     return [torch.tensor([-torch.inf, -1e4, 1e4, 0.3, -2.0, torch.finfo(torch.float32).min])[:h]]
 
 
-def run_case(implementation: Any, case: Case, device: str, seed: int = 0, draws: int = 1) -> None:
+def run_case(
+    implementation: Any, case: Case, device: str, seed: int = 0, draws: int = 1, forward_only: bool = False
+) -> None:
     """Forward, backward and capture gradients of ``case`` against float64 under the rule.
 
     Several ``draws`` are taken together: the largest rounding of a few rows is as much luck as anything.
     """
     from tolerance import assert_equal_under_rule  # a helper beside this one, loaded after it
 
-    runs = [_results(implementation, case, device, seed + i) for i in range(draws)]
+    runs = [_results(implementation, case, device, seed + i, forward_only) for i in range(draws)]
     for of_name in zip(*runs, strict=True):
         names, ours, original, exact = zip(*of_name, strict=True)
         stacked = (torch.stack(x) for x in (ours, original, exact))
@@ -87,7 +100,7 @@ def run_case(implementation: Any, case: Case, device: str, seed: int = 0, draws:
 
 
 def _results(
-    implementation: Any, case: Case, device: str, seed: int
+    implementation: Any, case: Case, device: str, seed: int, forward_only: bool
 ) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     """Name, ours, the original's and the exact value of each output and gradient."""
     torch.manual_seed(seed)
@@ -114,7 +127,7 @@ def _results(
         )
     site = (captures, case.ints, maps, key, program, case.dropout_p)
     out, lse = implementation.forward(q, k, v, *site)
-    grads = implementation.backward(do, q, k, v, out, lse, *site, case.grads)
+    grads = [] if forward_only else implementation.backward(do, q, k, v, out, lse, *site, case.grads)
 
     def reference(dtype: torch.dtype) -> list[Tensor]:
         inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
@@ -123,6 +136,8 @@ def _results(
         for i, t in zip(case.grads, wanted, strict=True):
             given[i] = t
         expected, logs = attention_reference(*inputs, given, case.ints, program, case.dropout_p, keep)
+        if forward_only:
+            return [expected.detach(), logs.detach()]
         slopes = torch.autograd.grad(expected, [*inputs, *wanted], do.to(dtype), allow_unused=True)
         filled = [
             torch.zeros_like(t) if g is None else g for t, g in zip([*inputs, *wanted], slopes, strict=True)
@@ -131,9 +146,10 @@ def _results(
 
     exact, original = reference(torch.float64), reference(case.dtype)
     names = ["out", "lse", "dq", "dk", "dv", *(f"d{program.captures[i]}" for i in case.grads)]
+    results = [out, lse, *grads]
     return [
         (name, ours, o.to(ours.dtype), e)
-        for name, ours, e, o in zip(names, [out, lse, *grads], exact, original, strict=True)
+        for name, ours, e, o in zip(names[: len(results)], results, exact, original, strict=True)
     ]
 
 

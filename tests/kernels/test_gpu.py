@@ -10,9 +10,11 @@ from kernel_cases import (
     hostile_bias,
     hostile_sinks,
     left_pad,
+    mostly_padding,
     right_pad,
     run_case,
     sinks,
+    window_by_head,
 )
 from tolerance import assert_equal_under_rule
 
@@ -141,6 +143,97 @@ def test_equal_under_rule(case):
     run_case(triton_attention(), case, "cuda")
 
 
+LAST = f"{SCALE} where kv <= q + Skv - Sq"
+FEW_QUERIES = [
+    *((p, c) for p, c, _ in PROGRAMS),
+    (LAST, None),
+    (f"{LAST} and kv > q + Skv - Sq - 300", None),
+    *((f"{LAST} and pad[b, kv] else {tail}", mostly_padding) for tail in ("mean", "uniform", "nan", "zero")),
+    (f"{LAST} and kv >= first[h] else zero", window_by_head),
+]
+
+
+def few_queries():
+    for program, captures in FEW_QUERIES:
+        for q_len, dtype in ((1, BF16), (5, F16), (16, F32)):
+            yield make(
+                program, captures, (), sizes=(2, 6, q_len, 1333), kv_heads=2, dims=(64, 64), dtype=dtype
+            )
+    for dims in [(8, 8), (40, 40), (128, 128), (192, 128), (256, 256), (64, 128), (80, 24)]:
+        for (q_len, kv_heads), dtype in itertools.product(((1, 8), (3, 1)), (BF16, F32)):
+            yield make(LAST, None, (), sizes=(1, 8, q_len, 2500), kv_heads=kv_heads, dims=dims, dtype=dtype)
+    for sq, skv, layout in itertools.product((1, 16), (256, 257, 4096, 100_001), ("bshd", "bhsd", "packed")):
+        for program in (SCALE, f"{LAST} else zero"):
+            yield make(program, None, (), sizes=(1, 12, sq, skv), kv_heads=1, dims=(128, 128), dtype=BF16,
+                       layout=layout)  # fmt: skip
+    yield make(SCALE, None, (), sizes=(40, 16, 1, 2000), kv_heads=16, dims=(64, 64), dtype=BF16)
+    yield make(SCALE, None, (), sizes=(1, 71, 4, 2000), kv_heads=1, dims=(64, 64), dtype=BF16)
+
+
+@pytest.mark.parametrize("case", list(few_queries()), ids=lambda case: f"{case}|{case.layout}")
+def test_few_queries_are_equal_under_rule(case):
+    run_case(triton_attention(), case, "cuda", draws=3, forward_only=True)
+
+
+def test_few_queries_run_in_splits_of_the_keys():
+    from flashfuse.kernels import decode
+
+    assert decode.split_count(64, 256, 132) == 4  # 256 programs: two for each of 128 processors
+    assert decode.split_count(8, 256, 132) * 8 <= 2 * 132
+    assert decode.split_count(8, 3, 132) == 3 and decode.split_count(5000, 256, 132) == 1
+    implementation = triton_attention()
+    implementation._SITES.clear()
+    q, k = (torch.randn(1, 8, n, 64, device="cuda", dtype=BF16) for n in (1, 4000))
+    implementation.forward(q, k, k, (), (), (), None, ScoreProgram.parse("s*0.125"), 0.0)
+    (site,) = implementation._SITES.values()
+    assert site.splits > 1
+
+
+def test_a_growing_cache_does_not_recompile():
+    from flashfuse.kernels import decode
+
+    implementation = triton_attention()
+    program = ScoreProgram.parse(f"{SCALE} where kv <= q + Skv - Sq")
+    kernels = (decode.decode_split, decode.decode_combine)
+
+    def compiled():
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    def run(length):
+        q, k = (torch.randn(1, 4, n, 64, device="cuda", dtype=BF16) for n in (1, length))
+        implementation.forward(q, k, k, (), (), (), None, program, 0.0)
+
+    run(1000)
+    before = compiled()
+    for length in (1001, 1024, 1152, 5000):
+        run(length)
+    assert compiled() == before
+
+
+def test_a_cuda_graph_records_few_queries():
+    torch.manual_seed(0)
+    implementation = triton_attention()
+    program = ScoreProgram.parse("s*0.125 where kv <= last[q] and pad[b, kv] else mean")
+    q = torch.randn(2, 8, 1, 64, device="cuda", dtype=BF16)
+    k, v = (torch.randn(2, 2, 3000, 64, device="cuda", dtype=BF16) for _ in range(2))
+    pad = torch.ones(2, 3000, dtype=torch.bool, device="cuda")
+    last = torch.full((1,), 200, device="cuda")
+
+    def run():
+        return implementation.forward(q, k, v, [last, pad], (), (), None, program, 0.0)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    for position in (0, 200, 2999):
+        last.fill_(position)
+        q.normal_()
+        pad[1] = position == 200  # a sequence without a key now and then
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(run(), recorded, strict=True))
+
+
 def test_results_are_bitwise_repeatable():
     torch.manual_seed(0)
     implementation = triton_attention()
@@ -157,7 +250,8 @@ def test_results_are_bitwise_repeatable():
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-def test_offsets_beyond_32_bits():
+@pytest.mark.parametrize("q_len", [2, 17])
+def test_offsets_beyond_32_bits(q_len):
     """The last head lies more than 2^31 elements from the first."""
     torch.manual_seed(0)
     implementation = triton_attention()
@@ -166,7 +260,7 @@ def test_offsets_beyond_32_bits():
     k = torch.empty(1, heads, length, 64, device="cuda", dtype=BF16)
     k[:, -1] = torch.randn(length, 64, device="cuda")
     k[:, :-1] = 0
-    q = torch.randn(1, heads, 2, 64, device="cuda", dtype=BF16)
+    q = torch.randn(1, heads, q_len, 64, device="cuda", dtype=BF16)
     out, _ = implementation.forward(q, k, k, (), (), (), None, program, 0.0)
     exact = torch.nn.functional.scaled_dot_product_attention(q[:, -1:].double(), *[k[:, -1:].double()] * 2)
     eager = torch.nn.functional.scaled_dot_product_attention(q[:, -1:], *[k[:, -1:]] * 2)
