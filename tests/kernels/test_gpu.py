@@ -155,12 +155,12 @@ FEW_QUERIES = [
 
 def few_queries():
     for program, captures in FEW_QUERIES:
-        for q_len, dtype in ((1, BF16), (5, F16), (16, F32)):
+        for q_len, dtype in ((1, BF16), (5, BF16), (16, F32)):
             yield make(
                 program, captures, (), sizes=(2, 6, q_len, 1333), kv_heads=2, dims=(64, 64), dtype=dtype
             )
     for dims in [(8, 8), (40, 40), (128, 128), (192, 128), (256, 256), (64, 128), (80, 24)]:
-        for (q_len, kv_heads), dtype in itertools.product(((1, 8), (3, 1)), (BF16, F32)):
+        for (q_len, kv_heads), dtype in itertools.product(((1, 8), (3, 1)), (BF16, F16, F32)):
             yield make(LAST, None, (), sizes=(1, 8, q_len, 2500), kv_heads=kv_heads, dims=dims, dtype=dtype)
     for sq, skv, layout in itertools.product((1, 16), (256, 257, 4096, 100_001), ("bshd", "bhsd", "packed")):
         for program in (SCALE, f"{LAST} else zero"):
