@@ -13,6 +13,7 @@ import zoo
 import zoo_families  # noqa: F401  (registers its specimens)
 import zoo_layouts  # noqa: F401
 import zoo_masks  # noqa: F401
+import zoo_papers  # noqa: F401
 import zoo_scores  # noqa: F401
 import zoo_sinks  # noqa: F401
 import zoo_tables  # noqa: F401
@@ -20,7 +21,7 @@ import zoo_weights  # noqa: F401
 from torch import fx
 
 from flashfuse import pipeline
-from flashfuse.checker import check_graph
+from flashfuse.numbers import check_graph
 from flashfuse.options import Options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
