@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashfuse.kernels.ops  # noqa: F401  defines the operators
-from flashfuse.checker import compare
+from flashfuse.numbers import compare
 
 ROUNDS = 7
 Step = Callable[[], Any]

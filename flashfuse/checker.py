@@ -14,7 +14,6 @@ import torch
 
 from flashfuse import repro
 from flashfuse.kernels.spec import Reason
-from flashfuse.numbers import check_graph, compare
 from flashfuse.passes import nodes
 from flashfuse.passes.plan import Fuse, Left, SitePlan
 from flashfuse.proof import prove
@@ -22,8 +21,6 @@ from flashfuse.proof.certificate import Certificate, NotProvable
 from flashfuse.proof.key import site_key, site_nodes
 from flashfuse.report import CheckItem, SiteCheck
 from flashfuse.site import extract
-
-__all__ = ["SiteChecker", "check_graph", "compare"]
 
 MAX_SITE_BYTES = 6 << 30
 """A site whose float64 score matrices would take more is not compared on its own."""

@@ -32,9 +32,6 @@ from flashfuse.passes.tables import Capture, Table
 MAX_PROGRAM_NODES = 400
 """A score larger than this is better computed by the graph itself."""
 
-MAX_CAPTURE_RANK = 8
-"""Dimensions of a captured tensor that the kernels take."""
-
 _THROUGH = (
     dialect.VIEWS | dialect.CASTS | {"contiguous", "clone", "getitem", "index", "repeat", "repeat_interleave"}
 )
@@ -141,7 +138,7 @@ class Lift:
             return table
         self.leaves[node] = None
         sizes = shape(node)
-        pinned = [const(0) if same(sizes[d], 1) else self.simplify(index[d]) for d in captured_dims(node)]
+        pinned = [const(0) if same(n, 1) else self.simplify(i) for n, i in zip(sizes, index, strict=True)]
         # A program has no empty index; the rewrite makes such a tensor one of a single element.
         return E.load(self._name(node, node), pinned or [const(0)])
 
@@ -314,12 +311,6 @@ class Lift:
         if E.is_bool(e):
             return 0, 1
         return None, None
-
-
-def captured_dims(node: fx.Node) -> list[int]:
-    """The dimensions that a program indexes: of a tensor with too many, those of size 1 are left out."""
-    sizes = shape(node)
-    return [d for d, n in enumerate(sizes) if len(sizes) <= MAX_CAPTURE_RANK or not same(n, 1)]
 
 
 def _as_size(e: Any) -> Size:

@@ -13,10 +13,12 @@ from flashfuse.kernels import dispatch
 from flashfuse.kernels import expr as E
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import dialect, nodes
-from flashfuse.passes.lift import MAX_CAPTURE_RANK, captured_dims
 from flashfuse.passes.nodes import same
 from flashfuse.passes.region import AttentionRegion, NearMiss
 from flashfuse.passes.tables import Capture, Table, device_of, dtype_of, sizes_of
+
+MAX_CAPTURE_RANK = 8
+"""Dimensions of a captured tensor that the kernels take."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
         size == 0 for size in (site.shape.batch, site.shape.num_q_heads, site.shape.q_len, site.shape.kv_len)
     ):
         return Left(site, (Reason("empty", f"a dimension is empty: {site.shape}"),))
-    rank = max((_rank(c) for c in _captured(site)), default=0)
+    rank = max((len(sizes_of(c)) for c in _captured(site)), default=0)
     if rank > MAX_CAPTURE_RANK:
         return Left(
             site,
@@ -109,7 +111,7 @@ def loads_full(region: AttentionRegion) -> dict[str, bool]:
             if load.op != "load":
                 continue
             capture = region.scope.captures[load.args[0]]
-            sizes = _indexed_sizes(capture) or (1,)
+            sizes = sizes_of(capture) or (1,)
             used: set[str] = set()
             total: Any = 1
             for i, size in zip(load.operands, sizes, strict=True):
@@ -129,17 +131,6 @@ def _is_given(node: fx.Node) -> bool:
         if op is None or op.name not in dialect.VIEWS | dialect.CASTS or not isinstance(op.input, fx.Node):
             return node.op in ("placeholder", "get_attr")
         node = op.input
-
-
-def _indexed_sizes(capture: Capture) -> tuple[Any, ...]:
-    """Sizes of the dimensions that a program indexes."""
-    if isinstance(capture, Table):
-        return capture.shape
-    return tuple(nodes.shape(capture)[d] for d in captured_dims(capture))
-
-
-def _rank(capture: Capture) -> int:
-    return len(_indexed_sizes(capture))
 
 
 def _nbytes(capture: Capture) -> Any:

@@ -20,7 +20,6 @@ from flashfuse.kernels.expr import KV, B, Expr, H, Q, const
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.indices import Index
-from flashfuse.passes.lift import captured_dims
 from flashfuse.passes.operands import Operand, digit, folded_heads_of
 from flashfuse.passes.plan import Fuse, Left, SitePlan
 from flashfuse.passes.region import AttentionRegion
@@ -288,12 +287,7 @@ class Emitter:
             if nodes.value(node).dtype != capture.dtype:
                 raise NotEmittable(f"a table of {nodes.value(node).dtype} instead of {capture.dtype}")
             return node
-        rank, kept = len(nodes.shape(capture)), captured_dims(capture)
-        if not kept:
-            return self.call("reshape", capture, (1,))
-        return (
-            capture if len(kept) == rank else self.call("squeeze", capture, tuple({*range(rank)} - {*kept}))
-        )
+        return capture if nodes.shape(capture) else self.call("reshape", capture, (1,))
 
     def made(self, x: Any) -> Any:
         """What a recipe makes: a node, or the number that a length is."""

@@ -1,8 +1,8 @@
-"""The one rule for "equal" is ``flashfuse.checker.compare``; no test states a tolerance of its own."""
+"""The one rule for "equal" is ``flashfuse.numbers.compare``; no test states a tolerance of its own."""
 
 from torch import Tensor
 
-from flashfuse.checker import compare
+from flashfuse.numbers import compare
 
 
 def assert_equal_under_rule(ours: Tensor, original: Tensor, exact: Tensor, name: str = "") -> None:

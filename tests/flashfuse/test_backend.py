@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flashfuse
 from flashfuse import pipeline
-from flashfuse.checker import compare
+from flashfuse.numbers import compare
 
 pytestmark = [
     pytest.mark.filterwarnings("error::flashfuse.FlashFuseWarning"),

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import flashfuse
+from flashfuse.numbers import compare
 from flashfuse.passes.rewrite import Emitter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +88,10 @@ def test_without_a_check_the_answer_is_wrong(broken):
     model, inputs = llama()
     found = compiled_logits(model, inputs, verify="off")
     assert flashfuse.last_report().num_fused == 3
-    assert not torch.allclose(found, model(**inputs).logits, atol=1e-3)
+    with torch.no_grad():
+        original, exact = model(**inputs).logits, model.double()(**inputs).logits
+    # Rows of padding are masked with another minimum in float64; the second sequence has none.
+    assert not compare("logits", found[1], original[1], exact[1]).ok
 
 
 def test_a_right_lowering_is_proved():

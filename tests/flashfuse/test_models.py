@@ -15,7 +15,7 @@ from torch import nn
 
 import flashfuse
 from flashfuse import pipeline
-from flashfuse.checker import compare
+from flashfuse.numbers import compare
 from flashfuse.options import Options
 from flashfuse.passes import nodes
 

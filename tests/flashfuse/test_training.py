@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flashfuse
-from flashfuse.checker import compare
+from flashfuse.numbers import compare
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flashfuse
 from flashfuse import pipeline
-from flashfuse.checker import compare
+from flashfuse.numbers import compare
 from flashfuse.options import Options
 
 pytestmark = [

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import flashfuse
-from flashfuse.checker import compare
 from flashfuse.kernels.spec import AttentionShape
+from flashfuse.numbers import compare
 from flashfuse.passes.nodes import size_of
 from flashfuse.proof.shrink import shrink
 

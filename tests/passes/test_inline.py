@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 import flashfuse
 from flashfuse import pipeline
-from flashfuse.checker import compare
 from flashfuse.kernels.spec import Reason
+from flashfuse.numbers import compare
 from flashfuse.options import Options
 from flashfuse.passes.inline import _MEANING, encoder_layer
 
