@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -396,8 +397,31 @@ class Emitter:
             with self._mode or contextlib.nullcontext():
                 seen = _strides_seen(node, nodes.value(out))
             if seen:
-                out = self.call("contiguous", out)
+                out = self.laid_out_like(original, out)
         return out
+
+    def laid_out_like(self, original: torch.Tensor, out: fx.Node) -> fx.Node:
+        """A copy of ``out`` with the strides of ``original``, whose memory has no gaps."""
+        order = next(
+            filter(functools.partial(_is_order_of, original), itertools.permutations(range(original.ndim))),
+            None,
+        )
+        if order is None or list(order) == sorted(order):
+            return self.call("contiguous", out)
+        copied = self.call("contiguous", self.call("permute", out, order))
+        return self.call("permute", copied, [order.index(d) for d in range(original.ndim)])
+
+
+def _is_order_of(original: torch.Tensor, order: Sequence[int]) -> bool:
+    """Whether the dimensions of ``original`` lie in memory in this order, the last one closest."""
+    expected: Any = 1
+    for d in reversed(order):
+        size, stride = (nodes.size_of(n) for n in (original.shape[d], original.stride(d)))
+        if not nodes.same(size, 1):
+            if not nodes.same(stride, expected):
+                return False
+            expected = expected * size
+    return True
 
 
 def _divisor(e: Expr) -> int:
