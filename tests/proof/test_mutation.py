@@ -70,7 +70,7 @@ def test_there_are_enough_mutants():
 
 
 def same_function(base: Base, mutant: Mutant) -> bool:
-    """Whether original and mutant agree on the real kernels under the rule, with all gradients."""
+    """Whether original and mutant, in float64, differ by less than float32 rounds, with all gradients."""
     floats = {t.dtype for t in base.inputs if t.is_floating_point()}
     if base.plan.region.dropout_p or floats != {torch.float64}:
         return False
@@ -78,12 +78,10 @@ def same_function(base: Base, mutant: Mutant) -> bool:
     for seed in range(3):
         torch.manual_seed(seed)
         inputs = [t + torch.randn_like(t) if t.is_floating_point() else t for t in base.inputs]
-        rounded = [t.float() if t.is_floating_point() else t for t in inputs]
-        inputs = [t.double() if t.is_floating_point() else t for t in rounded]
-        ours, original = (evaluated(base, r, rounded) for r in (replacement, None))
-        exact = evaluated(base, None, inputs)
-        if not all(compare("", *found).ok for found in zip(ours, original, exact, strict=True)):
-            return False
+        original, ours = (evaluated(base, r, inputs) for r in (None, replacement))
+        for a, b in zip(original, ours, strict=True):
+            if not compare("", b, a, a, computed_in=torch.float32).ok:
+                return False
     return True
 
 
