@@ -120,8 +120,8 @@ class SiteReport:
     Attributes:
         program: the score, e.g. ``s*0.125 where kv <= q``; empty if it was not understood.
         mask: the condition of the program alone, ``""`` if every key is attended.
-        dead_rows: what a row without any key gives: ``none``, ``uniform``, ``uniform_s``, ``mean``, ``nan``
-            or ``zero`` (see :class:`~flashfuse.kernels.spec.ScoreProgram`).
+        dead_rows: what a row without any key gives: ``none``, ``uniform``, ``uniform_s``, ``mean``, ``nan``,
+            ``nan_s``, ``nan_all`` or ``zero`` (see :class:`~flashfuse.kernels.spec.ScoreProgram`).
         source: the user's line.
         variant: the kernels that run it; empty for a site left alone.
         notes: assumptions that the rewrite rests on.
@@ -413,7 +413,7 @@ def _bound(chance: float) -> str:
     return f"< 1e{math.floor(math.log10(chance)) + 1}" if 0 < chance < 1 else f"≤ {chance:g}"
 
 
-_DEAD_ROWS = {"nan": "NaN", "zero": "0"}
+_DEAD_ROWS = {"nan": "NaN", "nan_s": "NaN", "nan_all": "NaN", "zero": "0"}
 
 
 def _mask(site: SiteReport) -> str:

@@ -12,7 +12,8 @@ With P the softmax weights, R the dropout keep-mask over 1 − p (1 without drop
 One kernel walks the queries of a tile of keys (dk, dv; it sums over the heads of a group), one the
 keys of a tile of queries (dq, captures).  P is recomputed as 2^(x − lse).  A dead row has lse = +∞
 here, so that its weights vanish.  Where such rows attend to every key alike, the same kernels run
-once more as UNIFORM, over all tiles with a dead row: P is 1/Skv there, and 0 in other rows.
+once more as UNIFORM, over all tiles with a dead row: P is 1/Skv there, and 0 in other rows.  So they
+do where a gradient of NaN reaches everything that such rows see: delta is NaN there then.
 
 A sink is in lse, and so in P and delta; its own gradient follows from them on the host (``sinks.py``).
 """

@@ -31,7 +31,7 @@ from flashfuse.kernels.cpu_blas import Dropout, additive_of
 from flashfuse.kernels.cpu_score import Form, Sizes, Tile, TileValues, form_of, tiles
 from flashfuse.kernels.expr import KV, Q, compare
 from flashfuse.kernels.ops import empty_bhsd
-from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram, differentiable_loads
+from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, ScoreProgram, differentiable_loads
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -96,12 +96,12 @@ def backward(
     if 0 in (*q.shape[:3], k.shape[2]):
         grads = [empty_bhsd(t, t.shape).zero_() for t in (q, k, v)]
         return grads + [captures[i].new_zeros(captures[i].shape) for i in capture_grads]
-    # Equal scores have gradients that the fused kernel, which gives dead rows no weight, does not make.
-    equal_scores = program.dead_rows in UNIFORM and bool((lse == float("-inf")).any())
+    # The fused kernel gives dead rows no weight, so that no gradient of theirs reaches the scores.
+    reached = program.dead_rows in REACHING and bool((lse == float("-inf")).any())
     # Other gradients of captures need every score.
     wanted = [program.captures[i] for i in capture_grads]
     of_sink_only = not differentiable_loads(program.score).intersection(wanted)
-    if of_sink_only and not (dropout_p or equal_scores) and _is_native(form_of(program)):
+    if of_sink_only and not (dropout_p or reached) and _is_native(form_of(program)):
         site = _Native(q, k, v, captures, ints, program)
         every = list(site.tiles())
         if not _has_short_rows(site, every):
@@ -298,7 +298,7 @@ def _native_forward(
         if sink is not None:
             out[rows], lse[rows] = sinks.corrected(out[rows], lse[rows], sink[rows])
             dead = None if dead is None else dead & (sink[rows] == float("-inf"))
-        if dead is not None and site.program.dead_rows == "nan":
+        if dead is not None and site.program.dead_rows in NAN:
             out[rows] = out[rows].masked_fill(dead[..., None], float("nan"))
         elif dead is not None and site.program.dead_rows in AVERAGING:
             if mean is None:

@@ -25,7 +25,7 @@ from flashfuse.kernels.cpu_score import Sizes, Tile, TileValues, form_of, tiles
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import ONE, ZERO, S, contains, load
 from flashfuse.kernels.ops import empty_bhsd
-from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram
+from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, SCORES_ONLY, ScoreProgram
 
 _TILE_ELEMENTS = 1 << 20
 """Scores per tile, over all heads: few enough to stay in cache, enough to share among threads."""
@@ -157,7 +157,7 @@ class _Site:
             wide = tile.widened(form, self.sizes[3])
             return self.weights(wide, q_rows, k)
         averages = 1 / self.sizes[3] if self.program.dead_rows in AVERAGING else 0.0
-        fill = float("nan") if self.program.dead_rows == "nan" else averages
+        fill = float("nan") if self.program.dead_rows in NAN else averages
         weights.masked_fill_(dead, fill)
         lse.masked_fill_(dead, float("-inf"))
         return _Weights(tile, values, weights[0], lse[0], dead[0])
@@ -296,7 +296,7 @@ def backward(
             if bits is not None:
                 _drop(d_weights, bits)
             d_score, d_sink = w.score_gradient(d_weights, site.dtype)
-            if w.dead is not None and program.dead_rows not in UNIFORM:
+            if w.dead is not None and program.dead_rows not in REACHING:
                 d_score.masked_fill_(w.dead, 0)
             if d_sink is not None and w.dead is not None:
                 d_sink = d_sink.masked_fill(w.dead, 0)
@@ -306,7 +306,7 @@ def backward(
                 w.values.add_gradient(x, gradient, wanted[x.name])
             if bits is not None:
                 _drop(w.weights, bits)
-                if w.dead is not None and program.dead_rows == "nan":
+                if w.dead is not None and program.dead_rows in NAN:
                     # What dropout makes of NaN is NaN.
                     w.weights.masked_fill_(w.dead, float("nan"))
             dv_b[:, columns] += torch.bmm(w.weights.view(stacked).mT, do_rows)
@@ -314,7 +314,7 @@ def backward(
                 if slope == ZERO:
                     continue
                 gradient = d_score[None]
-                if w.dead is not None and program.dead_rows == "uniform_s":
+                if w.dead is not None and program.dead_rows in SCORES_ONLY:
                     gradient = gradient.masked_fill(w.dead, 0)
                 if slope != ONE:
                     # A weight of 0 has no part in it, even where the derivative overflows.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashfuse.kernels.expr import COMPARISONS, Expr
-from flashfuse.kernels.spec import ScoreProgram
+from flashfuse.kernels.spec import NAN, REACHING, SCORES_ONLY, ScoreProgram
 
 Value = Tensor | int | float | bool
 
@@ -191,13 +191,14 @@ def attention_reference(
     dead = (lse == float("-inf"))[..., None]
     # Not exp(scores - lse): where every score is −3.4e38, lse has no room for the log of the sum.
     weights = scores.masked_fill(dead, 0).softmax(-1)[..., :kv_len]
-    if program.dead_rows in ("uniform", "uniform_s"):
-        if program.dead_rows == "uniform_s":
+    if program.dead_rows in REACHING:
+        if program.dead_rows in SCORES_ONLY:
             env.update((name, c.detach()) for name, c in zip(program.captures, captures, strict=True))
             raw = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype).expand(products.shape)
         # Equal scores whose gradients are those of the scores.
         equal = torch.where(dead, raw - raw.detach(), 0)
-        weights = torch.where(dead, equal.softmax(-1), weights)
+        of_dead_rows = equal.softmax(-1) * (float("nan") if program.dead_rows in NAN else 1.0)
+        weights = torch.where(dead, of_dead_rows, weights)
     else:
         of_dead = {"mean": 1 / max(kv_len, 1), "nan": float("nan")}.get(program.dead_rows, 0.0)
         weights = torch.where(dead, of_dead, weights)

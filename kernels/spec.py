@@ -23,11 +23,17 @@ from flashfuse.kernels.expr import (
     walk,
 )
 
-DeadRows = Literal["none", "uniform", "uniform_s", "mean", "nan", "zero"]
+DeadRows = Literal["none", "uniform", "uniform_s", "mean", "nan", "nan_s", "nan_all", "zero"]
 UNIFORM: tuple[DeadRows, ...] = ("uniform", "uniform_s")
 """Dead rows whose gradients are those of equal scores."""
 AVERAGING: tuple[DeadRows, ...] = (*UNIFORM, "mean")
 """Dead rows whose output is the average of v."""
+NAN: tuple[DeadRows, ...] = ("nan", "nan_s", "nan_all")
+"""Dead rows whose output is NaN."""
+REACHING: tuple[DeadRows, ...] = (*UNIFORM, "nan_s", "nan_all")
+"""Dead rows of which a gradient reaches the scores."""
+SCORES_ONLY: tuple[DeadRows, ...] = ("uniform_s", "nan_s")
+"""Those of them of which none reaches the captures."""
 
 _RESERVED = {"s", *INDEX_VARS, *LENGTHS}
 
@@ -101,9 +107,18 @@ class ScoreProgram:
                           before they are added
             ``mean``      the same, where the scores are replaced  gradient to v only
                           by the minimum
-            ``nan``       NaN: the scores are −inf                 NaN
+            ``nan``       NaN: the scores are replaced by −inf     NaN to v, 0 to q, k and the captures
+            ``nan_all``   NaN: −inf is added to the scores         NaN to its row of q, to every row of k
+                                                                   and v of its head, and to what its
+                                                                   scores load of the captures
+            ``nan_s``     the same, where the captures are masked  NaN to q, k and v only
+                          before they are added
             ``zero``      0: SDPA, ``_safe_softmax``               0
             ============  =======================================  ==================================
+            Where −inf comes with a captured float tensor the original adds it, so that its gradients are
+            as under ``nan_all``; those of ``nan`` are not NaN there, and out and dv are.  A sink has a
+            gradient of 0 in a dead row.
+
         sink: a logit that only the sum sees, over ``b``, ``h``, ``q`` and captures.
     """
 

@@ -23,7 +23,7 @@ from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_
 from flashfuse.kernels.launch import Launch, Launches, launch, on_device
 from flashfuse.kernels.layout import fits, is_aligned, map_strides, padded, strides_of, typed
 from flashfuse.kernels.ops import BLOCK, empty_bhsd
-from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram, differentiable_loads
+from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, SCORES_ONLY, ScoreProgram, differentiable_loads
 
 
 def forward(
@@ -114,7 +114,8 @@ def backward(
         run("dq", aligned, make, q, k, v, do, dq, used, delta, norm, kv_map, seed, ptrs, sums)
         if site.uniform:
             make = functools.partial(site.make_dq, dq, sums, None, True)
-            run("uniform_dq", aligned, make, q, k, v, do, dq, used, delta, norm, None, seed, ptrs, sums)
+            of_dead = site.delta_of_dead_rows(lse, delta)
+            run("uniform_dq", aligned, make, q, k, v, do, dq, used, of_dead, norm, None, seed, ptrs, sums)
         totals = dict(zip(site.of_score, sums, strict=True))
         for i, gradient in site.sink_gradients(captures, ints, lse, delta, norm).items():
             totals[i] = totals[i] + gradient if i in totals else gradient
@@ -203,7 +204,7 @@ class _Site:
         self.itemsize = q.element_size()
         self.averages = program.dead_rows in AVERAGING
         # "mean" without dropout has a closed form; otherwise dead rows take a pass of their own.
-        self.uniform = program.dead_rows in UNIFORM
+        self.uniform = program.dead_rows in REACHING
         self.fits = [fits(t) for t in tensors]
         self.strides = [
             strides_of(t if fit else t.contiguous()) for t, fit in zip(tensors, self.fits, strict=True)
@@ -280,7 +281,7 @@ class _Site:
     def _dead(self) -> int:
         if self.averages and not self.dropout:
             return DEAD_MEAN
-        return DEAD_NAN if self.program.dead_rows == "nan" else DEAD_ZERO
+        return DEAD_NAN if self.program.dead_rows in NAN else DEAD_ZERO
 
     def make_forward(self, kv_map: Tensor | None) -> Launch:
         code = self.code
@@ -395,7 +396,7 @@ class _Site:
         code = self.code
         config = self.config("dq")
         accumulate = code.accumulate
-        if self._is_constant or (uniform and self.program.dead_rows == "uniform_s"):
+        if self._is_constant or (uniform and self.program.dead_rows in SCORES_ONLY):
             accumulate = None
         numbers = (
             *(
@@ -452,27 +453,32 @@ class _Site:
         mode = self.program.dead_rows
         if self.uniform or (mode == "mean" and self.dropout):
             used, delta, norm, seed, ptrs = rest
+            delta = self.delta_of_dead_rows(lse, delta)
             extra_k = do.new_empty(k.shape, dtype=torch.float32) if self.uniform else None
             extra_v = do.new_empty(v.shape, dtype=torch.float32)
             tensors = (q, k, v, do, extra_k, extra_v, used, delta, norm, None, None, None, seed, ptrs)
             make = functools.partial(self.make_dkdv, extra_k, extra_v, None, None, None, True)
             self.launches.run("uniform_dkdv", aligned, make, *tensors)
-            return extra_k, extra_v
-        if mode not in ("mean", "nan"):
-            return None, None
-        dead = lse == float("-inf")
-        grouped = (self.batch, self.kv_heads, self.group)
+            return extra_k, extra_v + self._nan_of_dead_rows(lse) if mode in NAN else extra_v
         if mode == "nan":
-            any_dead = dead.view(*grouped, self.q_len).any(-1).any(-1)
-            total = (
-                torch.where(any_dead, float("nan"), 0.0)[..., None]
-                .expand(*grouped[:2], self.v_dim)
-                .contiguous()
-            )
-        else:
-            sums = torch.where(dead[..., None], do, 0).sum(2, dtype=torch.float32)
-            total = sums.view(*grouped, self.v_dim).sum(2) / self.kv_len
+            row = do.new_zeros((1, 1, 1, self.v_dim), dtype=torch.float32) + self._nan_of_dead_rows(lse)
+            return None, row.expand(-1, -1, self.kv_len, -1)
+        if mode != "mean":
+            return None, None
+        sums = torch.where((lse == float("-inf"))[..., None], do, 0).sum(2, dtype=torch.float32)
+        total = sums.view(self.batch, self.kv_heads, self.group, self.v_dim).sum(2) / self.kv_len
         return None, total[:, :, None].expand(-1, -1, self.kv_len, -1)
+
+    def _nan_of_dead_rows(self, lse: Tensor) -> Tensor:
+        """[B, H_kv, 1, 1]: NaN where a row of a head of the group is dead, else 0."""
+        dead = (lse == float("-inf")).view(self.batch, self.kv_heads, -1).any(-1)
+        return torch.where(dead, float("nan"), 0.0)[..., None, None]
+
+    def delta_of_dead_rows(self, lse: Tensor, delta: Tensor) -> Tensor:
+        """``delta`` of the pass over dead rows: NaN makes every gradient NaN that they reach."""
+        if self.program.dead_rows not in NAN:
+            return delta
+        return torch.where(lse == float("-inf"), float("nan"), delta)
 
 
 def _major_capability(device: torch.device) -> int:

@@ -26,7 +26,7 @@ from flashfuse.kernels import dispatch
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import Expr, S, walk
 from flashfuse.kernels.reference import Value, as_tensor, environment, evaluate
-from flashfuse.kernels.spec import AVERAGING, UNIFORM, ScoreProgram
+from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, SCORES_ONLY, ScoreProgram
 
 _CHUNK = 1 << 22
 """Scores that are in memory at a time, beside the result."""
@@ -101,7 +101,7 @@ class _Site:
         dead = scores.amax(-1, keepdim=True) == float("-inf")
         weights = torch.softmax(scores, -1)
         of_dead = 1 / kv_len if self.program.dead_rows in AVERAGING else 0.0
-        weights.masked_fill_(dead, float("nan") if self.program.dead_rows == "nan" else of_dead)
+        weights.masked_fill_(dead, float("nan") if self.program.dead_rows in NAN else of_dead)
         weights[..., kv_len:].masked_fill_(dead, 0)
         scale = None
         if self.keep is not None:
@@ -174,10 +174,10 @@ def backward(
             grad = F.pad(grad, (0, 1))
         dx = torch._softmax_backward_data(grad, chunk.weights, -1, site.dtype)
         dx, d_sink = dx[..., : k.shape[2]], dx[..., k.shape[2] :].masked_fill(chunk.dead, 0)
-        if program.dead_rows not in UNIFORM:
+        if program.dead_rows not in REACHING:
             # What replaces the scores there lets no gradient through.
             dx = dx.masked_fill(chunk.dead, 0)
-        of_captures = dx.masked_fill(chunk.dead, 0) if program.dead_rows == "uniform_s" else dx
+        of_captures = dx.masked_fill(chunk.dead, 0) if program.dead_rows in SCORES_ONLY else dx
         for load, slope in slopes:
             _add_gradient(totals[load.args[0]], load, _times(of_captures, site, slope, chunk.env), chunk.env)
         for load, slope in sink_slopes:

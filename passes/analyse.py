@@ -17,7 +17,7 @@ import torch
 
 from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import KV, SKV, SQ, Expr, Q, S, const
-from flashfuse.kernels.spec import AttentionShape, DeadRows, Reason, ScoreProgram
+from flashfuse.kernels.spec import NAN, AttentionShape, DeadRows, Reason, ScoreProgram
 from flashfuse.passes.lift import Lift
 from flashfuse.passes.tables import dtype_of
 
@@ -199,7 +199,7 @@ def program(
     elif masked.fills == {-math.inf} and safe:
         dead = "zero"
     else:
-        dead = _dead_rows(masked, _receivers(clean, lift))
+        dead = _dead_rows(masked, clean, _receivers(clean, lift), sink)
     logit = None if sink is None else sink.logit
     finite = -math.inf not in masked.fills
     dead, mixed = _dead_rows_after(dead, removals, None if has_keys else mask, finite)
@@ -221,13 +221,16 @@ def _dead_rows_after(
         mask: ``None`` where it leaves each row a key.
         finite: what the mask forbids is a finite minimum, so no weight and no gradient is NaN.
     """
+    if dead in ("nan_s", "nan_all") and any(not r.by_factor for r in removals):
+        # 0 in the output, and NaN in the gradients all the same.
+        return _NAN_OF_GRADIENTS, True
     if dead == "nan" and any(r.kept is None for r in removals):
         return "zero", False
     if dead in ("none", "zero") or mask is None or (isinstance(dead, Reason) and not finite):
         return dead, False
     # NaN is not removed by a factor of 0.
     kept = E.logical_and(
-        *(r.kept for r in removals if r.kept is not None and not (r.by_factor and dead == "nan"))
+        *(r.kept for r in removals if r.kept is not None and not (r.by_factor and dead in NAN))
     )
     if kept == E.TRUE or not implied(mask, kept):
         return dead, False
@@ -261,17 +264,29 @@ def _receivers(score: Expr, lift: Lift) -> frozenset[str]:
     return frozenset(n for n in _inputs(score) if n == SCORE or dtype_of(captures[n]).is_floating_point)
 
 
-def _dead_rows(masked: Masked, receivers: frozenset[str]) -> DeadRows | Reason:
+_NAN_OF_GRADIENTS = Reason(
+    "dead_rows_unclear",
+    "−inf is added, or a tensor is added to it, so the gradient of a fully masked row is NaN in parts",
+    hint="fill the scores with −inf after the last addition",
+)
+
+
+def _dead_rows(
+    masked: Masked, score: Expr, receivers: frozenset[str], sink: Sink | None
+) -> DeadRows | Reason:
     """The rule for rows in which every score became −inf or a finite minimum."""
     blocked, reached = receivers & masked.blocked, receivers & masked.open
     if masked.fills == {-math.inf}:
         if not reached:
             return "nan"
-        return Reason(
-            "dead_rows_unclear",
-            "−inf is added, or a tensor is added to it, so the gradient of a fully masked row is NaN",
-            hint="fill the scores with −inf after the last addition",
-        )
+        # A condition lets no NaN through where it is false, and the rules know of none.
+        choices = [n for n in E.walk(score) if n.op in ("where", "min", "max")]
+        if sink is None and not blocked & reached and not any(_inputs(n) & reached for n in choices):
+            if reached == receivers:
+                return "nan_all" if len(reached) > 1 else "nan_s"
+            if reached == {SCORE}:
+                return "nan_s"
+        return _NAN_OF_GRADIENTS
     if masked.added > 1 or len(masked.fills) > 1:
         return Reason(
             "dead_rows_unclear",

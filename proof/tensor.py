@@ -366,7 +366,10 @@ def _product(draw: Draw, a: Any, b: Any) -> Value:
 @rule("baddbmm")
 def _sum_and_product(draw: Draw, bias: Any, a: Any, b: Any, beta: Any = 1, alpha: Any = 1) -> Value:
     product = _product(draw, a, b) * alpha
-    return product if beta == 0 else _value(draw, bias) * beta + product
+    if beta == 0:
+        return product
+    # A bias of −∞ times 1 is a bias of −∞, which a product of numbers at any level would not say.
+    return (_value(draw, bias) if beta == 1 else _value(draw, bias) * beta) + product
 
 
 # Softmax.

@@ -31,7 +31,7 @@ from flashfuse.kernels import expr as E
 from flashfuse.kernels.block_map import EMPTY, FULL
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import Expr, S
-from flashfuse.kernels.spec import AVERAGING, ScoreProgram
+from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, SCORES_ONLY, ScoreProgram
 from flashfuse.proof.program import evaluate, truth
 from flashfuse.proof.value import Draw, Value
 
@@ -217,7 +217,7 @@ class Tiled:
         everything = (slice(0, self.sizes[2]), slice(0, self.sizes[3]))
         if self.program.dead_rows in AVERAGING:
             return (self.kept(self.uniform_weights(), *everything) @ self.v_of_heads).where(dead, out)
-        return out.where(~dead, math.nan if self.program.dead_rows == "nan" else 0)
+        return out.where(~dead, math.nan if self.program.dead_rows in NAN else 0)
 
     def uniform_weights(self) -> Value:
         b, h, q_len, kv_len = self.sizes
@@ -237,7 +237,7 @@ class Tiled:
         dq, dk, dv = (self.zeros(x.shape) for x in (self.q, self.k, self.v))
         dcaptures = {n: self.zeros(c.shape) for n, c in self.float_captures.items()}
         parts = [(r, c, False) for r in rows for c in columns]
-        if self.program.dead_rows in AVERAGING and bool(dead.any()):
+        if self.program.dead_rows in (*AVERAGING, *REACHING) and bool(dead.any()):
             parts.append((slice(0, self.sizes[2]), slice(0, self.sizes[3]), True))
         for r, c, uniform in parts:
             found = self.backward_tile(r, c, do, delta, m, l, dead, uniform)
@@ -250,9 +250,9 @@ class Tiled:
             dk = dk + scatter(dk, c, self.of_key_heads(_transposed(ds) @ q))
             do_rows = do.map(lambda t, r=r: t[:, :, r])
             dv = dv + scatter(dv, c, self.of_key_heads(_transposed(self.kept(weights, r, c)) @ do_rows))
-            if not (uniform and self.program.dead_rows == "uniform_s"):
+            if not (uniform and self.program.dead_rows in SCORES_ONLY):
                 self.add_capture_gradients(dcaptures, dx, env)
-        if self.program.dead_rows == "nan" and bool(dead.any()):
+        if self.program.dead_rows in NAN and bool(dead.any()):
             any_dead = self.of_key_heads(self.draw.value(dead.long()).sum((2,), True)).p != 0
             dv = dv.where(~any_dead, math.nan)
         if self.program.sink is not None:
@@ -282,6 +282,8 @@ class Tiled:
         dx = weights * (dp - row(delta))
         if uniform and self.program.dead_rows == "mean":
             dx = dx * 0
+        elif uniform and self.program.dead_rows in NAN:
+            dx = dx.where(~dead, math.nan)
         ds = (dx * self.evaluated(derivative(self.program.score, S), env)).where(allowed, 0)
         return ds, dx, weights, env
 
@@ -302,7 +304,11 @@ class Tiled:
         at = torch.broadcast_tensors(*places, grad.p)[:-1]
         total = totals[name]
         added = total.p.index_put(at, grad.p, accumulate=True) % self.draw.p
-        totals[name] = Value(self.draw, added)
+        level = total.level
+        if grad.has_levels:
+            level = torch.zeros(total.shape).double() if level is None else level
+            level = level.index_put(at, grad.level.expand(grad.shape), accumulate=True)
+        totals[name] = Value(self.draw, added, level=level)
 
     def add_sink_gradients(
         self, totals: dict[str, Value], delta: Value, m: Value, l: Value, dead: Tensor
@@ -359,7 +365,7 @@ def weights_by_definition(site: Tiled) -> Value:
     dead = (level == -math.inf).expand(x.shape).all(-1, keepdim=True)
     if site.program.dead_rows in AVERAGING:
         return site.uniform_weights().where(dead, weights)
-    return weights.where(~dead, math.nan) if site.program.dead_rows == "nan" else weights
+    return weights.where(~dead, math.nan) if site.program.dead_rows in NAN else weights
 
 
 def _with_sink(x: Value, column: Value) -> Value:

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +20,7 @@ from flashfuse.kernels import expr as E
 from flashfuse.kernels.block_map import EMPTY, FULL, PARTIAL
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import Expr, const
-from flashfuse.kernels.spec import ScoreProgram
+from flashfuse.kernels.spec import DeadRows, ScoreProgram
 from flashfuse.passes import nodes
 from flashfuse.passes.find import find_regions
 from flashfuse.passes.plan import Fuse, plan
@@ -278,7 +278,7 @@ def of_program(p: ScoreProgram) -> Iterator[Mutant]:
         yield mutant("sink lost", sink=None)
         for name, sink in changed(p.sink, of_reals, "sink"):
             yield mutant(name, sink=sink)
-    for rule in ("none", "uniform", "uniform_s", "mean", "nan", "zero"):
+    for rule in get_args(DeadRows):
         if rule != p.dead_rows:
             yield mutant(f"dead rows {rule}", dead_rows=rule)
 

@@ -193,6 +193,58 @@ def mask_added(q, k, v, mask):
     return softmax(q @ k.transpose(-2, -1) * SCALE + torch.where(mask, 0.0, LOWEST)) @ v
 
 
+@fused("mask", "s*0.25 where mask[b, 0, q, kv] else nan_s", inputs=with_mask(B, 1, S, S))
+def infinite_mask_added(q, k, v, mask):
+    return softmax(q @ k.transpose(-2, -1) * SCALE + torch.where(mask, 0.0, -INF)) @ v
+
+
+@fused(
+    "mask",
+    "tanh(s*0.25) + bias[h, q, kv] where kv <= q and pad[b, kv] else nan_all",
+    inputs=lambda: (*with_padding(torch.bool)(), randn(H, S, S)),
+    captures=DYNAMO,
+)
+def infinite_masks_added_to_a_bias(q, k, v, pad, bias):
+    """As ``nn.Transformer`` merges them: numbers for the causal mask, −inf filled in for the padding."""
+    causal = torch.full((S, S), -INF).triu(1)
+    merged = causal + torch.zeros(B, 1, 1, S).masked_fill(~pad[:, None, None], -INF)
+    return softmax(torch.tanh(q @ k.transpose(-2, -1) * SCALE) + bias + merged) @ v
+
+
+@fused(
+    "mask",
+    "s*0.25 + bias[h, q, kv] where mask[b, 0, q, kv] else nan_s",
+    inputs=lambda: (*with_mask(B, 1, S, S)(), randn(H, S, S)),
+)
+def infinite_mask_filled_into_the_bias(q, k, v, mask, bias):
+    """No gradient reaches what the fill replaced, and NaN the product."""
+    return softmax(q @ k.transpose(-2, -1) * SCALE + bias.masked_fill(~mask, -INF)) @ v
+
+
+@left(
+    "mask",
+    "dead_rows_unclear",
+    inputs=lambda: (*with_mask(B, 1, S, S)(), randn(H, S, S)),
+)
+def bias_added_to_infinite_mask(q, k, v, mask, bias):
+    """NaN reaches the bias, and not the product."""
+    return softmax((q @ k.transpose(-2, -1) * SCALE).masked_fill(~mask, -INF) + bias) @ v
+
+
+@left("mask", "dead_rows_unclear", inputs=with_mask(B, 1, S, S))
+def infinite_mask_added_to_half_of_the_scores(q, k, v, mask):
+    """No gradient reaches a score below 0, NaN or not."""
+    scores = (q @ k.transpose(-2, -1) * SCALE).clamp(min=0.0)
+    return softmax(scores + torch.where(mask, 0.0, -INF)) @ v
+
+
+@left("mask", "dead_rows_unclear", inputs=with_mask(B, 1, S, S), captures=WHOLE)
+def infinite_mask_added_and_nan_removed(q, k, v, mask):
+    """The output is 0 in a row without a key, the gradients NaN."""
+    weights = softmax(q @ k.transpose(-2, -1) * SCALE + torch.where(mask, 0.0, -INF))
+    return torch.nan_to_num(weights) @ v
+
+
 @fused("mask", "s*0.25 where mask[b, 0, q, kv] else uniform", inputs=with_mask(B, 1, S, S))
 def mask_turned_into_numbers(q, k, v, mask):
     additive = torch.zeros(mask.shape).masked_fill(~mask, LOWEST)

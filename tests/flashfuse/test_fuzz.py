@@ -69,7 +69,20 @@ def test_output_written_to(update):
 def test_dead_rows_of_an_added_infinity():
     """−inf added to the scores, not filled in: the gradient of a dead row is NaN, and ours was 0."""
     lines = "scores = q @ k.mT + torch.where(mask, 0.0, -torch.inf)", "return torch.softmax(scores, -1) @ v"
-    assert attention(*lines, **DEAD_ROW) == Outcome(left=("dead_rows_unclear",))
+    assert is_fused(attention(*lines, **DEAD_ROW))
+
+
+def test_dead_rows_of_an_infinity_added_to_a_bias():
+    """NaN reaches a bias, a table of distances and every head that shares the keys."""
+    lines = (
+        "k = k[:, :1].expand(2, 3, 5, 4)",
+        "place = torch.arange(5)[None] - torch.arange(5)[:, None] + 4",
+        "scores = q @ k.mT * 0.5 + bias + table[:, place]",
+        "scores = scores + torch.where(mask, 0.0, -torch.inf)",
+        "return torch.softmax(scores, -1) @ v",
+    )
+    inputs = {"bias": "torch.randn(3, 1, 5)", "table": "torch.randn(3, 9)"}
+    assert is_fused(attention(*lines, **DEAD_ROW, **inputs, capture="dynamo"))
 
 
 def test_dead_rows_of_a_bias_after_the_fill():

@@ -142,7 +142,7 @@ def test_scores_and_gradients_of_their_captures(text):
     Case(text, group=2, sizes=(1, 4, 40, 150)).check()
 
 
-@pytest.mark.parametrize("dead", ["zero", "nan", "mean", "uniform", "uniform_s"])
+@pytest.mark.parametrize("dead", ["zero", "nan", "nan_s", "nan_all", "mean", "uniform", "uniform_s"])
 @pytest.mark.parametrize(
     "text",
     [

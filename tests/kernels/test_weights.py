@@ -23,6 +23,8 @@ PROGRAMS = [
     "tanh(s*0.1)*5.0 + bias[h, q, kv]",
     "s*0.3 + table[kv - q + Sq, h] where pad[b, kv] else uniform",
     "s*0.3 + slopes[h]*(kv - q) where kv <= q and pad[b, kv] else uniform_s",
+    "s*0.3 + slopes[h]*(kv - q) where kv <= q and pad[b, kv] else nan_s",
+    "s*0.3 + slopes[h]*(kv - q) where kv <= q and pad[b, kv] else nan_all",
     "s*slopes[h] where pad[b, kv] else mean",
     "s where pad[b, kv] else zero",
     "s where pad[b, kv] else nan",
