@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from flashfuse.kernels import expr as E
-from flashfuse.kernels.spec import ScoreProgram
+from flashfuse.kernels.spec import NAN, ScoreProgram
 from flashfuse.passes import nodes
 from flashfuse.passes.plan import Fuse
 from flashfuse.passes.region import AttentionRegion
@@ -157,7 +157,7 @@ def _drawn(
     done: list[_Comparison] = []
     for i in range(draws):
         rows: Rows = "masked" if i else "mixed"
-        if any(c.not_compared for c in done):
+        if any(c.hidden for c in done):
             # NaN hid a gradient; without rows that give it, it is seen.
             rows = "alive"
         done.append(_Comparison(region, replacement, site, sizes, seed + i, rows, model))
@@ -208,7 +208,7 @@ class _Comparison:
         self.compared_names: list[str] = []
         self.wider: list[str] = []
         self.difference = ""
-        self.elements = self.not_compared = 0
+        self.elements = self.hidden = self.not_compared = 0
 
     def random(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=self.draw.inputs))
@@ -337,11 +337,11 @@ class _Comparison:
         zero = Value(self.draw, torch.zeros(present.shape, dtype=torch.int64))
         x, y = (zero if t is None else t.value for t in (a, b))
         nan_x, nan_y = _is_nan(x), _is_nan(y)
-        skipped = (
-            nan_x
-            if name not in _OUTPUTS and self.region.program.dead_rows == "nan"
-            else torch.zeros_like(nan_x)
-        )
+        skipped, dead = torch.zeros_like(nan_x), self.region.program.dead_rows
+        if name not in _OUTPUTS and dead in NAN:
+            # What other rows give to such a gradient is not seen; where all rows are alive it is.
+            self.hidden += int(nan_x.sum())
+            skipped = nan_x if dead == "nan" else skipped
         same = ((x.p == y.p) & ~nan_x & ~nan_y) | (nan_x & nan_y) | skipped
         self.not_compared += int(skipped.sum())
         if bool(same.all()):

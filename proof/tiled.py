@@ -283,7 +283,7 @@ class Tiled:
         if uniform and self.program.dead_rows == "mean":
             dx = dx * 0
         elif uniform and self.program.dead_rows in NAN:
-            dx = dx.where(~dead, math.nan)
+            dx = dx.where(~dead.expand(dx.shape), math.nan)
         ds = (dx * self.evaluated(derivative(self.program.score, S), env)).where(allowed, 0)
         return ds, dx, weights, env
 

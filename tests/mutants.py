@@ -125,6 +125,12 @@ def sink(q, k, v, pad, sinks):
     return softmax(combined)[..., :-1] @ v
 
 
+@program(lambda: (*qkv(h_kv=G), randn(H, 1, SKV), some(B, 1, SQ, SKV)))
+def infinity_added(q, k, v, bias, mask):
+    k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
+    return softmax(q @ k.transpose(-1, -2) * 0.4 + bias + torch.where(mask, 0.0, -math.inf)) @ v
+
+
 @program(lambda: (*qkv(), randn(H)))
 def alibi(q, k, v, slopes):
     distance = torch.arange(SKV)[None, :] - torch.arange(SQ)[:, None]
