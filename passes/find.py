@@ -19,6 +19,7 @@ from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import KV, B, Expr, H, Q, S, const
 from flashfuse.kernels.spec import AVERAGING, Reason, differentiable_loads
 from flashfuse.passes import dialect, nodes
+from flashfuse.passes.contraction import SUMMED, contraction
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable
 from flashfuse.passes.lift import Lift
@@ -27,7 +28,6 @@ from flashfuse.passes.nodes import Memory, Size, same, shape
 from flashfuse.passes.operands import Operand, copies
 from flashfuse.passes.products import Reading, Rows, readings, reads
 from flashfuse.passes.region import AttentionRegion, Frame, NearMiss, Refused, Weights, assemble, frames
-from flashfuse.passes.rules import SUMMED, contraction
 from flashfuse.passes.sinks import Sink, cut_column, without_shift
 from flashfuse.passes.weights_path import Path, follow, gates, handed_out, removals, softmax_above
 

@@ -23,10 +23,11 @@ from flashfuse.kernels.expr import Expr, const
 from flashfuse.kernels.spec import DeadRows
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.condense import condense
+from flashfuse.passes.contraction import Product
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable
 from flashfuse.passes.nodes import Size, same, shape, size_of
-from flashfuse.passes.rules import RULES, Product, Row
+from flashfuse.passes.rules import RULES, Row
 from flashfuse.passes.tables import Capture, Table
 
 MAX_PROGRAM_NODES = 400

@@ -11,9 +11,10 @@ from torch import fx
 from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import KV, B, Expr, H, Q, const
 from flashfuse.passes import dialect, nodes
+from flashfuse.passes.contraction import SUMMED
 from flashfuse.passes.indices import Index, NotLiftable, source_index
 from flashfuse.passes.nodes import Size, same, shape
-from flashfuse.passes.rules import SUMMED, piece
+from flashfuse.passes.rules import piece
 
 if TYPE_CHECKING:
     from flashfuse.passes.lift import Lift

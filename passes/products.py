@@ -9,11 +9,11 @@ from torch import fx
 
 from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import KV, B, Expr, H, Q, S
+from flashfuse.passes.contraction import Product
 from flashfuse.passes.indices import Index
 from flashfuse.passes.lift import Lift
 from flashfuse.passes.nodes import Size, same
 from flashfuse.passes.operands import Operand, origin
-from flashfuse.passes.rules import Product
 
 MAX_HEAD_DIM = 256
 """The longest rows that the Triton kernels take."""

@@ -14,12 +14,12 @@ from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import B, Expr, H, Q, S, const
 from flashfuse.kernels.spec import AttentionShape, Reason, ScoreProgram
 from flashfuse.passes import analyse, dialect, nodes
+from flashfuse.passes.contraction import SUMMED
 from flashfuse.passes.indices import Index
 from flashfuse.passes.lift import Lift, Scope
 from flashfuse.passes.nodes import Memory, Size, same, shape
 from flashfuse.passes.operands import Operand, folded_heads_of, source
 from flashfuse.passes.products import Rows
-from flashfuse.passes.rules import SUMMED
 from flashfuse.passes.sinks import Sink, reductions
 from flashfuse.passes.tables import Capture, Table, leaves
 

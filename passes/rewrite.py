@@ -20,11 +20,11 @@ from flashfuse.kernels import ops as _ops  # noqa: F401  (defines torch.ops.flas
 from flashfuse.kernels.expr import KV, B, Expr, H, Q, const
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import dialect, nodes
+from flashfuse.passes.contraction import SUMMED
 from flashfuse.passes.indices import Index
 from flashfuse.passes.operands import Operand, digit, folded_heads_of
 from flashfuse.passes.plan import Fuse, Left, SitePlan
 from flashfuse.passes.region import AttentionRegion
-from flashfuse.passes.rules import SUMMED
 from flashfuse.passes.tables import Capture, Length, Table, arguments
 
 
