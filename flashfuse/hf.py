@@ -35,6 +35,7 @@ _LAYERS = (
     "num_decoder_layers",
     "encoder_layers",
     "decoder_layers",
+    "num_layers_per_stack",
 )
 
 _EXPERTS: Mapping[str, int] = {
@@ -285,6 +286,7 @@ def _num_layers(config: Any) -> int | None:
 
 
 def _set_layers(config: Any, layers: int) -> None:
+    """Cut the config to so many layers, and to as many in each stage where stages have their own."""
     for part in _configs(config):
         old = {size for name in _LAYERS if (size := _own_size(part, name)) is not None}
         _shrink_one(part, dict.fromkeys(_LAYERS, layers))
@@ -292,6 +294,14 @@ def _set_layers(config: Any, layers: int) -> None:
         for name, value in vars(part).copy().items():
             if isinstance(value, list) and len(value) in old and len(value) > layers:
                 setattr(part, name, value[:layers])
+            elif _is_by_stage(name, value) and max(value) > layers:
+                setattr(part, name, type(value)(min(depth, layers) for depth in value))
+
+
+def _is_by_stage(name: str, value: Any) -> bool:
+    """Whether these are the numbers of layers of each stage, such as ``depths=[2, 2, 6, 2]``."""
+    known = isinstance(value, (list, tuple)) and bool(value) and all(type(n) is int and n > 0 for n in value)
+    return known and any(word in name for word in ("depth", "num_blocks", "attn_blocks", "blocks_per_stage"))
 
 
 def _shrink(config: Any, sizes: Mapping[str, int]) -> None:

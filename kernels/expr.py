@@ -53,6 +53,11 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+_KNOWN: dict[tuple[Any, ...], Expr] = {}
+MAX_KNOWN = 1 << 16
+"""Nodes that are remembered; beyond, all are forgotten."""
+
+
 class Expr:
     """A node: ``op`` and its ``args`` (sub-expressions, except in the leaves).
 
@@ -61,37 +66,52 @@ class Expr:
     simplify; compare with ``==``.
     """
 
-    __slots__ = ("_hash", "args", "op")
+    __slots__ = ("_hash", "_nodes", "_shown", "_variables", "args", "op", "operands")
     op: str
     args: tuple[Any, ...]
+    operands: tuple[Expr, ...]
+    """The sub-expressions (the indices, for a load)."""
 
-    def __init__(self, op: str, *args: Any) -> None:
-        self.op = op
-        self.args = args
-        # True == 1 in Python, but the constants True and 1 are different nodes.
-        self._hash = hash((op, args, type(args[0])))
+    def __new__(cls, op: str, *args: Any) -> Expr:
+        # Layers say the same again and again: equal nodes are one object, which keeps what is asked of it.
+        # The constants True, 1 and 1.0 are different ones, and so are 0.0 and -0.0.
+        key = (op, type(args[0]), repr(args[0])) if op == "const" else (op, *args)
+        known = _KNOWN.get(key)
+        if known is not None:
+            return known
+        self = super().__new__(cls)
+        self.op, self.args = op, args
+        self.operands = tuple([a for a in args if isinstance(a, Expr)])
+        self._hash = hash(key)
+        self._nodes, self._variables, self._shown = None, None, None
+        if len(_KNOWN) >= MAX_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = self
+        return self
+
+    _nodes: tuple[Expr, ...] | None
+    _variables: frozenset[str] | None
+    _shown: tuple[str, int] | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Expr, (self.op, *self.args)
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
+        # Two objects may still be equal: one may be older than the last clearing.
         return self is other or (
             isinstance(other, Expr)
             and self._hash == other._hash
             and self.op == other.op
-            and type(self.args[0]) is type(other.args[0])
-            and self.args == other.args
+            and (repr(self.args) == repr(other.args) if self.op == "const" else self.args == other.args)
         )
 
     def __str__(self) -> str:
         return _text(self)[0]
 
     __repr__ = __str__
-
-    @property
-    def operands(self) -> tuple[Expr, ...]:
-        """The sub-expressions (the indices, for a load)."""
-        return tuple(a for a in self.args if isinstance(a, Expr))
 
     @property
     def is_const(self) -> bool:
@@ -174,6 +194,7 @@ def _order(atom: Expr) -> tuple[int, str]:
     return (0 if contains(atom, S) else len(names)), str(atom)
 
 
+@functools.lru_cache(maxsize=MAX_KNOWN)
 def add(*operands: Expr) -> Expr:
     """The sum.  Integral sums collect like terms; real sums keep their order, left to right."""
     if all(is_integral(operand) for operand in operands):
@@ -223,6 +244,7 @@ def _is_normal(value: Number) -> bool:
     return 1e-37 < abs(value) < 3e38
 
 
+@functools.lru_cache(maxsize=MAX_KNOWN)
 def mul(a: Expr, b: Expr) -> Expr:
     if a.is_const and b.is_const:
         return const(a.value * b.value)
@@ -267,6 +289,7 @@ def _split_multiples(a: Expr, modulus: Number) -> tuple[Expr, Expr]:
     return add(*multiple) if multiple else ZERO, add(*rest) if rest else ZERO
 
 
+@functools.lru_cache(maxsize=MAX_KNOWN)
 def floordiv(a: Expr, b: Expr) -> Expr:
     if b.is_const and b.value == 1:
         return a
@@ -283,6 +306,7 @@ def floordiv(a: Expr, b: Expr) -> Expr:
     return Expr("//", a, b)
 
 
+@functools.lru_cache(maxsize=MAX_KNOWN)
 def mod(a: Expr, b: Expr) -> Expr:
     if b.is_const and b.value == 1:
         return ZERO
@@ -359,6 +383,7 @@ def truth(e: Expr) -> Expr:
     return e
 
 
+@functools.lru_cache(maxsize=MAX_KNOWN)
 def compare(op: str, a: Expr, b: Expr) -> Expr:
     if a.is_const and b.is_const:
         return const(bool(COMPARISONS[op](a.value, b.value)))
@@ -435,24 +460,29 @@ def logical_or(*operands: Expr) -> Expr:
 
 # --- whole trees ------------------------------------------------------------------------------
 
+MAX_REMEMBERED = 1 << 10
+"""Nodes, and characters, of an expression that remembers them."""
+
 
 def walk(e: Expr) -> Iterator[Expr]:
     """Every distinct node, operands before the nodes that use them."""
-    seen: set[Expr] = set()
+    return iter(_nodes(e))
 
-    def visit(node: Expr) -> Iterator[Expr]:
-        if node in seen:
-            return
-        seen.add(node)
-        for operand in node.operands:
-            yield from visit(operand)
-        yield node
 
-    return visit(e)
+def _nodes(e: Expr) -> tuple[Expr, ...]:
+    if e._nodes is not None:
+        return e._nodes
+    seen = {node: None for operand in e.operands for node in _nodes(operand)}
+    found = (*seen, e)
+    if len(found) <= MAX_REMEMBERED:
+        e._nodes = found
+    return found
 
 
 def contains(e: Expr, leaf: Expr) -> bool:
-    return e == leaf or any(contains(operand, leaf) for operand in e.operands)
+    if leaf.op == "var":
+        return leaf.args[0] in _variables(e)
+    return leaf in _nodes(e)
 
 
 def selects(e: Expr) -> bool:
@@ -462,7 +492,14 @@ def selects(e: Expr) -> bool:
 
 def variables(e: Expr) -> set[str]:
     """Names of ``s``, index variables, lengths and integers that the value depends on."""
-    return {node.args[0] for node in walk(e) if node.op == "var"}
+    return set(_variables(e))
+
+
+def _variables(e: Expr) -> frozenset[str]:
+    if e._variables is None:
+        own = e.args[:1] if e.op == "var" else ()
+        e._variables = frozenset(own).union(*map(_variables, e.operands))
+    return e._variables
 
 
 def build(op: str, args: tuple[Any, ...]) -> Expr:
@@ -514,6 +551,15 @@ _ATOM = 9
 
 def _text(e: Expr) -> tuple[str, int]:
     """The text and its precedence."""
+    if e._shown is not None:
+        return e._shown
+    shown = _spelled(e)
+    if len(shown[0]) <= MAX_REMEMBERED:
+        e._shown = shown
+    return shown
+
+
+def _spelled(e: Expr) -> tuple[str, int]:
     op, args = e.op, e.args
     if op == "const":
         value = args[0]

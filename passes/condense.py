@@ -75,27 +75,56 @@ class NotCondensable(Exception):
     """Inside the search: the tensor stays as the graph builds it."""
 
 
+@dataclass(frozen=True)
+class Condensed:
+    """What the search for a table came to: the table and its index, and what was read on the way."""
+
+    found: tuple[Table, Index] | None
+    visited: dict[fx.Node, Expr]
+    stored: dict[fx.Node, None]
+    ints: dict[str, Any]
+
+
 def condense(lift: Lift, node: fx.Node, index: Index) -> tuple[Table, Index] | None:
-    """A table that holds ``node[index]``, and where; ``None`` where the graph's own tensor is as small."""
+    """A table that holds ``node[index]``, and where; ``None`` where the graph's own tensor is as small.
+
+    Layers that read one mask or bias at the same indices share one search.
+    """
     used = set().union(*(E.variables(i) for i in index)) if index else set()
     if not used >= _JOINT or node.op in ("placeholder", "get_attr") or node in lift.opaque:
         return None
+    # All that the search depends on, but for the graph, which `lift.condensed` belongs to.
+    scope = lift.scope
+    named = (frozenset(x.items()) for x in (lift.bounds, scope.sizes, scope.ints))
+    key = (node, index, lift.opaque, *named)
+    if key not in lift.condensed:
+        lift.condensed[key] = searched(lift, node, index)
+    known = lift.condensed[key]
+    scope.ints.update(known.ints)
+    if known.found is not None:
+        lift.visited.update((n, e) for n, e in known.visited.items() if n not in lift.visited)
+        lift.leaves.update(known.stored)
+    return known.found
+
+
+def searched(lift: Lift, node: fx.Node, index: Index) -> Condensed:
+    """The search itself, by a lift that tells ``lift`` nothing."""
+    scope = dataclasses.replace(lift.scope, captures={}, ints=dict(lift.scope.ints))
     probe = dataclasses.replace(
-        lift, scope=dataclasses.replace(lift.scope, captures={}), condenses=False, visited={}, leaves={},
+        lift, scope=scope, condenses=False, visited={}, leaves={},
         stops={}, rows={}, indices=set(), at_product=lambda product: None, _memo={},
     )  # fmt: skip
     reader = _Reader(probe)
+    found = None
     try:
         tree = reader.tree(node, index)
-        if isinstance(tree, (Form, Stored)) and not _computed(tree):
-            return None
-        axes = _Axes.of(tuple(reader.expressions), probe)
-        table = _Writer(axes, probe, nodes.value(node).device).table(tree, node)
+        if not isinstance(tree, (Form, Stored)) or _computed(tree):
+            axes = _Axes.of(tuple(reader.expressions), probe)
+            table = _Writer(axes, probe, nodes.value(node).device).table(tree, node)
+            found = table, axes.index()
     except (NotCondensable, NotLiftable):
-        return None
-    lift.visited.update((n, e) for n, e in probe.visited.items() if n not in lift.visited)
-    lift.leaves.update(reader.stored)
-    return table, axes.index()
+        pass
+    return Condensed(found, probe.visited, reader.stored, probe.scope.ints)
 
 
 def _computed(tree: Form | Stored) -> bool:

@@ -181,7 +181,7 @@ class WeightedSum(Candidate):
 
     def read(self, frame: Frame, memory: Memory, live: set[fx.Node]) -> AttentionRegion:
         lift = frame.lift
-        lift.opaque = memory.barriers(self.node)
+        lift.opaque, lift.condensed = memory.barriers(self.node), memory.condensed
         if self.op.name == "baddbmm" and (self.op.get("beta", 1) != 0 or self.op.get("alpha", 1) != 1):
             raise Refused(Reason("output_bias", "the product with v is scaled or added to inside baddbmm"))
         # The contraction calls its summed index d; here that is kv, and d is the column of v.
@@ -309,7 +309,7 @@ class SdpaCall(Candidate):
                     raise Refused(Reason("sdpa_inputs", f"batch dimensions of sizes {n} and {full}"))
             return tuple(out)
 
-        lift.opaque = memory.barriers(self.node)
+        lift.opaque, lift.condensed = memory.barriers(self.node), memory.condensed
         score = E.mul(S, const(float(scale)))
         mask = args.get("attn_mask")
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -22,7 +22,7 @@ from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import Expr, const
 from flashfuse.kernels.spec import DeadRows
 from flashfuse.passes import dialect, nodes
-from flashfuse.passes.condense import condense
+from flashfuse.passes.condense import Condensed, condense
 from flashfuse.passes.contraction import Product
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable
@@ -58,6 +58,7 @@ class Lift:
         opaque: nodes that must not be looked through.
         condenses: whether what would be loaded at q and kv is made a table where it can be.
         visited: every node whose meaning was used, in order of first use.
+        condensed: what searches for tables came to; the lifts of one graph share it.
     """
 
     scope: Scope
@@ -72,6 +73,7 @@ class Lift:
     """By the name of the load: reductions over the scores that were met."""
     indices: set[Expr] = field(default_factory=set)
     """Every index met on the way."""
+    condensed: dict[Hashable, Condensed] = field(default_factory=dict)
     _memo: dict[tuple[fx.Node, Index], Expr] = field(default_factory=dict)
 
     def copy(self) -> Lift:
@@ -80,6 +82,7 @@ class Lift:
         return Lift(
             scope, dict(self.bounds), self.at_product, self.opaque, self.condenses, dict(self.visited),
             dict(self.leaves), dict(self.stops), dict(self.rows), set(self.indices),
+            self.condensed,
         )  # fmt: skip
 
     # --- entry --------------------------------------------------------------------------------

@@ -181,6 +181,8 @@ class Memory:
         self._parent: dict[fx.Node, fx.Node] = {}
         self._writes: dict[fx.Node, list[fx.Node]] = {}
         self._members: dict[fx.Node, list[fx.Node]] = {}
+        # What the lifts of this graph found out, for each other.
+        self.condensed: dict[Any, Any] = {}
         first: dict[int, fx.Node] = {}
         for node in graph.nodes:
             self._parent[node] = node
@@ -235,7 +237,11 @@ class Memory:
 
     def barriers(self, end: fx.Node) -> frozenset[fx.Node]:
         """Nodes that a site ending in ``end`` must not look through."""
-        return self.opaque if end in self.without_gradient else self.opaque | self.without_gradient
+        return self.opaque if end in self.without_gradient else self._all_barriers
+
+    @functools.cached_property
+    def _all_barriers(self) -> frozenset[fx.Node]:
+        return self.opaque | self.without_gradient
 
     def loads_change(self, node: fx.Node, end: fx.Node, readers: Container[fx.Node]) -> bool:
         """True when reading ``node`` at ``end`` may differ from reading it where ``readers`` do."""

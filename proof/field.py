@@ -75,14 +75,15 @@ def matmul(a: Tensor, b: Tensor, p: int) -> Tensor:
     """a @ b mod p."""
     if a.numel() * b.shape[-1] <= 1 << 14:
         return (a.unsqueeze(-1) * b.unsqueeze(-3) % p).sum(-2) % p
-    # In two halves of 16 bits, whose products with b add up exactly below 2⁵³.
+    # In two halves of 16 bits, whose products with b add up exactly below 2⁵³, and so 256 times below 2⁶¹.
     terms = b.double()
     parts = [torch.zeros((), dtype=torch.int64)] * 2
     for i in range(0, a.shape[-1], 32):
         rows = terms[..., i : i + 32, :]
         for n, half in enumerate((a >> 16, a & 0xFFFF)):
-            parts[n] = (parts[n] + (half[..., i : i + 32].double() @ rows).long()) % p
-    return ((parts[0] << 16) + parts[1]) % p
+            before = parts[n] if (i + 32) % 8192 else parts[n] % p
+            parts[n] = before + (half[..., i : i + 32].double() @ rows).long()
+    return (((parts[0] % p) << 16) + parts[1]) % p
 
 
 def mix(x: Tensor, key: int) -> Tensor:

@@ -236,7 +236,8 @@ class Value:
         level = self.level.to(dtype).double()
         rounding = level.abs() * torch.finfo(dtype).eps / 2
         absorbing = (level != 0) & ~(rounding < ABSORBING)
-        for c, lost in zip(level[absorbing].tolist(), rounding[absorbing].tolist(), strict=True):
+        for c in level[absorbing & ~level.isnan()].unique().tolist():
+            lost = abs(c) * torch.finfo(dtype).eps / 2
             self.draw.masks[c] = min(lost / 2, self.draw.masks.get(c, math.inf))
         if self.real is not None:
             return Value(self.draw, self.p, self.q, level, self.real)
