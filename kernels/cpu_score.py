@@ -79,11 +79,25 @@ class Form:
 
     def uses(self, e: Expr) -> frozenset[str]:
         """Variables that the value of ``e`` depends on."""
-        return frozenset(variables(e)).union(*(variables(x.node) for x in self.loads_of(e)))
+        found = self._uses.get(e)
+        if found is None:
+            found = frozenset(variables(e)).union(*(variables(x.node) for x in self.loads_of(e)))
+            self._uses[e] = found
+        return found
+
+    @functools.cached_property
+    def _uses(self) -> dict[Expr, frozenset[str]]:
+        # Asked at every call; a step of one query takes less time than an answer.
+        return {}
 
     @functools.cached_property
     def mask_loads(self) -> bool:
         return any(self.loads_of(c) for c in self.conditions)
+
+    @functools.cached_property
+    def of_indices(self) -> tuple[bool, ...]:
+        """For each condition: it loads nothing and is the same in every batch entry."""
+        return tuple(not self.loads_of(c) and "b" not in self.uses(c) for c in self.conditions)
 
     @functools.cached_property
     def mask_uses(self) -> frozenset[str]:
@@ -225,7 +239,10 @@ def _tiles(
     for b0 in range(batch) if by_batch else (0,):
         b1 = b0 + 1 if by_batch else batch
         whole = TileValues(form, captures, ints, sizes, Tile(b0, b1, 0, q_len, 0, kv_len), torch.float32)
-        reach = [_Reach.of(c, whole) for c in form.conditions]
+        reach = [
+            _reach_of_indices(c, ints, sizes) if of_indices else _Reach.of(c, whole)
+            for c, of_indices in zip(form.conditions, form.of_indices, strict=True)
+        ]
         for q0 in range(0, q_len, rows):
             q1 = min(q0 + rows, q_len)
             k0, k1 = 0, kv_len
@@ -276,6 +293,14 @@ class _Reach:
             if "q" not in form.uses(left) and "kv" not in form.uses(right):
                 return _Compared(op, whole.tensor(left), whole.tensor(right), kv_len)
         return _Reach(kv_len)
+
+
+@functools.lru_cache(maxsize=32)
+def _reach_of_indices(condition: Expr, ints: tuple[tuple[str, int], ...], sizes: Sizes) -> _Reach:
+    """The reach of a condition that loads nothing, the same for all layers of a model."""
+    form = Form(condition, None, None, (condition,), ())
+    tile = Tile(0, sizes[0], 0, sizes[2], 0, sizes[3])
+    return _Reach.of(condition, TileValues(form, {}, ints, sizes, tile, torch.float32))
 
 
 def _hull(possible: Tensor) -> tuple[int, int]:
