@@ -8,8 +8,9 @@ Each model is captured by Dynamo with eager and with sdpa attention, in inferenc
 attention dropout.  Of each captured graph: its attention sites, found without the passes
 (``independent.py``); how many of them PyTorch Inductor's own patterns fuse in the same graph; how many
 FlashFuse fuses and proves; the reason of each site that is left; whether the rewritten graph gives the
-same outputs and gradients (the rule of ``flashfuse.numbers``, dropout taken out); and whether AOTAutograd
-takes it.  A model runs in a process of its own with limits on time and memory.
+same outputs and gradients (the rule of ``flashfuse.numbers``, dropout taken out; ``stability.py`` names the
+tensors that the original itself leaves to a rounding); and whether AOTAutograd takes it.  A model runs in a
+process of its own with limits on time and memory.
 
 One JSON file a model and mode goes to ``--out``, tables to ``benchmarks/results/``.
 """
@@ -33,6 +34,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import stability
 import torch
 import transformers
 from independent import attention_sites
@@ -42,7 +44,6 @@ from torch import fx
 from flashfuse import pipeline
 from flashfuse.api import _each_graph
 from flashfuse.bench import machine_line
-from flashfuse.numbers import FACTOR, check_graph
 from flashfuse.options import Options
 
 MODES = ("eager-inference", "eager-training", "sdpa-inference", "sdpa-training")
@@ -52,7 +53,6 @@ SUBSET = (
     "sam_vision_model", "t5", "vit", "wav2vec2-conformer", "whisper",
 )  # fmt: skip
 DROPOUT = 0.1
-DRAWS = 12
 MEMORY_GIB = 10
 NOT_BUILT = "not built"
 
@@ -77,7 +77,8 @@ def examine(kind: str, mode: str) -> dict[str, Any]:
         key: sum(g[key] or 0 for g in graphs) for key in ("sites", "inductor", "fused", "proved", "full_rank")
     }
     result["left"] = [left for g in graphs for left in g["left"]]
-    result["wrong"] = [wrong for g in graphs for wrong in g["wrong"]]
+    for key in ("wrong", "unstable"):
+        result[key] = [tensor for g in graphs for tensor in g[key]]
     result["programs"] = dict(Counter(p for g in graphs for p in g["programs"]))
     result["graphs"] = len(graphs)
     result["not_lowered"] = sum(1 for g in graphs if g["inductor"] is None)
@@ -106,45 +107,13 @@ def _examine_graph(gm: fx.GraphModule, inputs: Sequence[Any], training: bool) ->
         "proof_ms": report.proof_ms,
         "inductor": _fused_by_inductor(gm, inputs),
         "wrong": [],
+        "unstable": [],
     }
     if new is not gm:
-        result["wrong"] = _differences(gm, new, inputs, training)
+        result["wrong"], result["unstable"] = stability.differences(gm, new, inputs, training)
         if result["inductor"] is not None:
             _lower(new, inputs)
     return result
-
-
-def _differences(gm: fx.GraphModule, new: fx.GraphModule, inputs: Sequence[Any], training: bool) -> list[str]:
-    """Outputs and gradients outside the rule.
-
-    At these sizes the largest rounding of a run is as much luck as anything.  A tensor that is outside
-    is therefore looked at over several draws of weights and inputs, taken together as if they were one.
-    """
-    draws = [check_graph(gm, new, inputs, training).items]
-    if all(item.ok for item in draws[0]):
-        return []
-    draws += [check_graph(gm, new, _redrawn(inputs, i), training).items for i in range(1, DRAWS)]
-    found = []
-    for items in zip(*draws, strict=True):
-        ours, original = (max(getattr(i, f"error_{who}") for i in items) for who in ("ours", "original"))
-        rounding = max(i.limit - FACTOR * i.error_original for i in items)
-        if ours > FACTOR * original + rounding or any(i.note and not i.limit for i in items if not i.ok):
-            notes = "; ".join(i.note for i in items if not i.ok)
-            found.append(f"{items[0].name}: error {ours:.3g}, the original's {original:.3g} ({notes})")
-    return found
-
-
-def _redrawn(inputs: Sequence[Any], seed: int) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def redraw(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            return x
-        return (x.detach() * (1 + 0.1 * torch.randn(x.shape, generator=generator))).requires_grad_(
-            x.requires_grad
-        )
-
-    return [redraw(x) for x in inputs]
 
 
 def _lower(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -274,7 +243,7 @@ def _in_a_line(result: dict[str, Any]) -> str:
     codes = Counter(left["code"] for left in result["left"])
     return (
         f"{result['sites']} sites, {result['inductor']} by Inductor, {result['fused']} fused, "
-        f"{result['proved']} proved, {len(result['wrong'])} wrong"
+        f"{result['proved']} proved, {len(result['wrong'])} wrong, {len(result['unstable'])} unstable"
         + "".join(f", {code} ×{n}" for code, n in codes.items())
         + f" ({result['seconds']} s)"
     )
@@ -290,7 +259,7 @@ def summary(results: Sequence[dict[str, Any]], mode: str) -> list[str]:
     failed = [r for r in own if "error" in r]
     keys = ("sites", "inductor", "fused", "proved")
     totals = {key: sum(r[key] for r in ran) for key in keys}
-    wrong = sum(len(r["wrong"]) for r in ran)
+    wrong, unstable = (sum(len(r.get(key, ())) for r in ran) for key in ("wrong", "unstable"))
     full = sum(r["full_rank"] for r in ran)
     reasons = Counter(left["code"] for r in ran for left in r["left"])
     share = 100 / max(1, totals["sites"])
@@ -299,20 +268,20 @@ def summary(results: Sequence[dict[str, Any]], mode: str) -> list[str]:
         "",
         f"{len(ran)} architectures with attention: {totals['sites']} sites; Inductor's patterns fuse "
         f"{totals['inductor']} ({totals['inductor'] * share:.1f} %), FlashFuse {totals['fused']} "
-        f"({totals['fused'] * share:.1f} %), {totals['proved']} proved; {wrong} wrong. "
+        f"({totals['fused'] * share:.1f} %), {totals['proved']} proved; {wrong} wrong, {unstable} unstable. "
         f"{full} of the fused sites load a tensor of [Sq, Skv].",
         "",
         "Left: " + (", ".join(f"{code} {n}" for code, n in reasons.most_common()) or "none") + ".",
         "",
-        "| architecture | sites | Inductor | FlashFuse | proved | wrong | left |",
-        "|---|---|---|---|---|---|---|",
+        "| architecture | sites | Inductor | FlashFuse | proved | wrong | unstable | left |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(ran, key=lambda r: r["model"]):
         left = Counter(f"{x['code']}: {x['message']}" for x in r["left"])
         text = "; ".join(f"{n} × {what}" for what, n in left.items()).replace("|", "\\|")
         lines.append(
             f"| {r['model']} | {r['sites']} | {r['inductor']} | {r['fused']} | {r['proved']} "
-            f"| {len(r['wrong'])} | {text} |"
+            f"| {len(r['wrong'])} | {len(r.get('unstable', ()))} | {text} |"
         )
     without = [r["model"] for r in own if "error" not in r and not r["sites"]]
     if without:
