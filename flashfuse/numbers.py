@@ -168,6 +168,10 @@ def without_dropout(gm: fx.GraphModule) -> fx.GraphModule:
             node.args = (*node.args[:6], None, node.args[7], 0.0, *node.args[9:])
         elif node.target is torch.ops.flashfuse.attention_weights.default:
             node.args = (*node.args[:4], None, node.args[5], 0.0, *node.args[7:])
+    for node in reversed(list(copied.graph.nodes)):
+        if node.target is torch.randint and not node.users:
+            # The seed of a site: other numbers that the model draws would be others after it.
+            copied.graph.erase_node(node)
     for name, child in list(copied.named_children()):
         if isinstance(child, fx.GraphModule):
             setattr(copied, name, without_dropout(child))

@@ -108,3 +108,16 @@ def test_only_the_site_shows_it(another_scale):
     outside = {i: p for i, p in enumerate(stability.pooled(draws)) if not p.ok}
     assert outside and stability._excused(gm, inputs, True, outside)
     assert "alone" in stability.sites_outside(gm, inputs, True)
+
+
+def test_numbers_that_the_model_draws_are_the_same_without_dropout():
+    """The seed of a site is drawn from the same generator, and would move what is drawn after it."""
+
+    def sampled(q, k, v, levels):
+        weights = torch.nn.functional.dropout((q @ k.mT * 0.25).softmax(-1), 0.1)
+        out = levels[:, None, None] * (weights @ v)
+        return torch.where(torch.rand(out.shape) < 0.5, out, -out)
+
+    gm, inputs = captured(sampled)
+    items = stability.check_graph(gm, rewritten(gm), inputs, True).items
+    assert items and all(item.ok for item in items)
