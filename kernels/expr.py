@@ -89,6 +89,7 @@ class Expr:
         _KNOWN[key] = self
         return self
 
+    _hash: int
     _nodes: tuple[Expr, ...] | None
     _variables: frozenset[str] | None
     _shown: tuple[str, int] | None

@@ -305,7 +305,7 @@ class Tiled:
         total = totals[name]
         added = total.p.index_put(at, grad.p, accumulate=True) % self.draw.p
         level = total.level
-        if grad.has_levels:
+        if grad.level is not None:
             level = torch.zeros(total.shape).double() if level is None else level
             level = level.index_put(at, grad.level.expand(grad.shape), accumulate=True)
         totals[name] = Value(self.draw, added, level=level)
