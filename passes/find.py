@@ -23,7 +23,7 @@ from flashfuse.passes.contraction import SUMMED, contraction
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable
 from flashfuse.passes.lift import Lift
-from flashfuse.passes.near_miss import near_misses, scores_like, why_not_a_product
+from flashfuse.passes.near_miss import near_misses, scores_like, side_by_side, why_not_a_product
 from flashfuse.passes.nodes import Memory, Size, same, shape
 from flashfuse.passes.operands import Operand, copies
 from flashfuse.passes.products import Reading, Rows, readings, reads
@@ -203,8 +203,15 @@ class WeightedSum(Candidate):
         if along and not same(product.length, total):
             cut = cut_column(index[self.found.dim], product.length, total, lift)
             if cut is None:
-                message = "some weights are cut off before the product with v"
-                raise Refused(Reason("weights_path", message, nodes.source(self.node)))
+                message, hint = "some weights are cut off before the product with v", ""
+                joined = side_by_side(self.found.input)
+                if joined is not None:
+                    message = (
+                        f"one softmax runs over several products, which `{joined.name}` lays side by side, "
+                        "and its weights are cut apart again for products with other values"
+                    )
+                    hint = "lay the keys, and the values, side by side instead, for one product each"
+                raise Refused(Reason("weights_path", message, nodes.source(self.node), hint))
         elif index[self.found.dim] != KV and not (
             same(product.length, 1) and index[self.found.dim] == const(0)
         ):

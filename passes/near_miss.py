@@ -64,6 +64,12 @@ def _without_a_product(softmax: fx.Node, live: set[fx.Node]) -> Reason:
             "where that does not matter, write (P1 - c*P2) @ v as P1 @ v - c*(P2 @ v)",
         )
     user = next((u for u in softmax.users if u in live), None)
+    if user is not None and _target(user) in _CHOICES:
+        return Reason(
+            "weights_path",
+            f"`{user.name}` chooses among the weights of a row: what meets v is the choice, not the weights",
+            nodes.source(user),
+        )
     where = f"through `{user.name}`" if user is not None else "nowhere"
     return Reason(
         "weights_path",
@@ -87,6 +93,14 @@ def _with_a_detour(softmax: Softmax, live: set[fx.Node]) -> Reason | None:
     ]
     if not strange:
         return None
+    if _target(strange[0]) in _MADE_EMPTY:
+        return Reason(
+            "weights_path",
+            f"scores or weights are written in pieces into `{strange[0].name}`, as those of banded attention "
+            "are: a row is more than one product, or a part of one",
+            nodes.source(strange[0]),
+            "compute the scores of a row by one product, and mask what it does not attend to",
+        )
     return Reason(
         "weights_path",
         f"`{strange[0].name}` between a product of two tensors, a softmax and a product with v is not read",
@@ -152,6 +166,22 @@ def _are_weights(node: fx.Node) -> bool:
             seen.update(new)
             pending += new
     return False
+
+
+def side_by_side(scores: fx.Node) -> fx.Node | None:
+    """The concatenation of several products that ``scores`` are made of, row by row."""
+    for node in _above(scores):
+        op = dialect.read(node)
+        if op is not None and op.name == "cat":
+            parts = [t for t in op.args["tensors"] if isinstance(t, fx.Node)]
+            if sum(any(_is_product(n) for n in _above(t)) for t in parts) > 1:
+                return node
+    return None
+
+
+def _is_product(node: fx.Node) -> bool:
+    op = dialect.read(node)
+    return op is not None and op.name in dialect.PRODUCTS
 
 
 def scores_like(scores: fx.Node) -> bool:
@@ -230,6 +260,8 @@ def why_not_a_product(scores: fx.Node) -> Reason | None:
 
 
 _MIXES = ("linear", "conv1d", "conv2d", "conv3d")
+_MADE_EMPTY = ("new_zeros", "new_empty", "new_full", "zeros", "empty", "full", "zeros_like", "empty_like")
+_CHOICES = ("max", "argmax", "topk", "multinomial")
 _REDUCTIONS = ("sum", "mean", "norm", "vector_norm", "linalg_vector_norm", "linear")
 
 

@@ -55,3 +55,25 @@ def test_weights_that_are_removed(keep, said):
 
     (reason,) = reasons(pruned, torch.randn(2, 3, 5, 8), torch.ones(5, dtype=torch.bool))
     assert reason.code == "weights_path" and said in reason.message
+
+
+def test_weights_of_two_products():
+    def attend(q, k):
+        scores = torch.cat([q @ k.mT, q @ q.mT], -1)
+        weights = torch.softmax(scores, -1)
+        return weights[..., :5] @ k + weights[..., 5:] @ q
+
+    found = reasons(attend, torch.randn(2, 3, 7, 8), torch.randn(2, 3, 5, 8))
+    assert {r.code for r in found} == {"weights_path"}
+    assert all("one softmax runs over several products" in r.message and r.hint for r in found)
+
+
+def test_weights_that_are_chosen_from():
+    def assigned(q):
+        weights = torch.softmax(q @ q.mT, -1)
+        best = weights.max(-1, keepdim=True)[1]
+        hard = torch.zeros_like(weights).scatter_(-1, best, 1.0)
+        return (hard - weights.detach() + weights) @ q
+
+    (reason,) = reasons(assigned, torch.randn(2, 3, 5, 8))
+    assert reason.code == "weights_path" and "chooses among the weights" in reason.message
