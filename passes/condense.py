@@ -19,60 +19,26 @@ import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from flashfuse.kernels import expr as E
-from flashfuse.kernels.expr import B, Expr, H, const
+from flashfuse.kernels.expr import Expr, const
 from flashfuse.passes import dialect, nodes
+from flashfuse.passes.axes import JOINT, Axes, NotCondensable
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable, dimension, source_index
-from flashfuse.passes.nodes import Size, same, shape
-from flashfuse.passes.operands import digit
-from flashfuse.passes.tables import Call, Length, Table
+from flashfuse.passes.nodes import same, shape
+from flashfuse.passes.recipes import Form, Step, Stored, Tree, Writer
+from flashfuse.passes.tables import Length, Table
 
 if TYPE_CHECKING:
     from flashfuse.passes.lift import Lift
 
 MAX_STEPS = 300
 """Operations of a table; no model comes near."""
-
-_JOINT = {"q", "kv"}
-
-
-@dataclass(frozen=True)
-class Form:
-    """Integers or a constant that the lift knows by formula, in the dtype of ``node``."""
-
-    node: fx.Node
-    value: Expr
-
-
-@dataclass(frozen=True)
-class Stored:
-    """``node`` at these positions: expressions, or integers computed by other steps."""
-
-    node: fx.Node
-    at: tuple[Any, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """The operation of ``node`` once more, with ``args`` and ``kwargs`` that hold other steps."""
-
-    node: fx.Node
-    target: Any
-    args: Any
-    kwargs: Any
-
-
-Tree = Union[Form, Stored, Step]
-
-
-class NotCondensable(Exception):
-    """Inside the search: the tensor stays as the graph builds it."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +57,7 @@ def condense(lift: Lift, node: fx.Node, index: Index) -> tuple[Table, Index] | N
     Layers that read one mask or bias at the same indices share one search.
     """
     used = set().union(*(E.variables(i) for i in index)) if index else set()
-    if not used >= _JOINT or node.op in ("placeholder", "get_attr") or node in lift.opaque:
+    if not used >= JOINT or node.op in ("placeholder", "get_attr") or node in lift.opaque:
         return None
     # All that the search depends on, but for the graph, which `lift.condensed` belongs to.
     scope = lift.scope
@@ -119,8 +85,8 @@ def searched(lift: Lift, node: fx.Node, index: Index) -> Condensed:
     try:
         tree = reader.tree(node, index)
         if not isinstance(tree, (Form, Stored)) or _computed(tree):
-            axes = _Axes.of(tuple(reader.expressions), probe)
-            table = _Writer(axes, probe, nodes.value(node).device).table(tree, node)
+            axes = Axes.of(tuple(reader.expressions), probe)
+            table = Writer(axes, probe, nodes.value(node).device).table(tree, node)
             found = table, axes.index()
     except (NotCondensable, NotLiftable):
         pass
@@ -298,312 +264,3 @@ def _replaced(x: Any, replace: Callable[[fx.Node], Any]) -> Any:
     if isinstance(x, dict):
         return {name: _replaced(item, replace) for name, item in x.items()}
     return x
-
-
-# --- generators ---------------------------------------------------------------------------------
-
-Generator = tuple[tuple[Expr, int], ...]
-"""A sum of digits of q and kv, each with the factor 1 or −1; the first factor is 1."""
-
-
-def _is_digit(atom: Expr) -> bool:
-    found = digit(atom)
-    return found is not None and found.variable.args[0] in _JOINT
-
-
-def _grouped(e: Expr) -> tuple[dict[Generator, int], list[tuple[Expr, int]]]:
-    """An integral sum as multiples of generators, and the other terms."""
-    by_size: dict[int, list[tuple[Expr, int]]] = {}
-    rest: list[tuple[Expr, int]] = []
-    for atom, c in E.collected(e).items():
-        if atom is not None and _is_digit(atom):
-            by_size.setdefault(abs(int(c)), []).append((atom, 1 if c > 0 else -1))
-        else:
-            rest.append((const(1) if atom is None else atom, int(c)))
-    groups: dict[Generator, int] = {}
-    for size, found in by_size.items():
-        found.sort(key=lambda part: str(part[0]))
-        sign = found[0][1]
-        groups[tuple((atom, s * sign) for atom, s in found)] = size * sign
-    return groups, rest
-
-
-def _is_sum(e: Expr) -> bool:
-    return E.is_integral(e) and not E.is_bool(e) and (e.op in ("+", "var") or _is_digit(e) or _is_multiple(e))
-
-
-def _is_multiple(e: Expr) -> bool:
-    return e.op == "*" and e.args[1].is_const
-
-
-def _compares_sums(e: Expr) -> bool:
-    return e.op in E.COMPARISONS and all(E.is_integral(a) and not E.is_bool(a) for a in e.operands)
-
-
-@dataclass
-class _Axes:
-    """The dimensions of a table: ``b`` and ``h`` where they matter, then one for each generator.
-
-    Attributes:
-        starts: least value of each generator.
-    """
-
-    plain: tuple[Expr, ...]
-    generators: tuple[Generator, ...]
-    starts: tuple[Size, ...]
-    sizes: tuple[Size, ...]
-    lift: Lift
-
-    @classmethod
-    def of(cls, expressions: Sequence[Expr], lift: Lift) -> _Axes:
-        found: dict[Generator, None] = {}
-        used: set[str] = set()
-        for e in expressions:
-            used |= E.variables(e)
-            _collect(e, found)
-        known = {*_JOINT, "b", "h", *E.LENGTHS, *lift.scope.ints}
-        if not used <= known:
-            raise NotCondensable("an index of something else")
-        digits = [atom for g in found for atom, _ in g]
-        # Every combination of values must occur, or the table would hold elements that nobody computed.
-        if not found or len(set(digits)) != len(digits) or not _independent(digits, lift):
-            raise NotCondensable("positions that depend on each other")
-        plain = tuple(v for v in (B, H) if v.args[0] in used and not same(lift.bounds[v.args[0]], 1))
-        ranges = [_range(g, lift) for g in found]
-        sizes = tuple(high - low + 1 for low, high in ranges)
-        total, every = nodes.product(sizes), lift.bounds["q"] * lift.bounds["kv"]
-        if isinstance(total, int) and isinstance(every, int):
-            smaller = total < every
-        else:
-            smaller = len(sizes) == 1 and len(digits) == 2
-        if not smaller:
-            raise NotCondensable("as many elements as queries times keys")
-        lengths = tuple(lift.bounds[v.args[0]] for v in plain)
-        return cls(plain, tuple(found), tuple(low for low, _ in ranges), (*lengths, *sizes), lift)
-
-    def index(self) -> Index:
-        """Where the table holds the element at ``b h q kv``."""
-        places = [
-            E.sub(E.add(*(E.mul(atom, const(s)) for atom, s in g)), self.lift.size(start))
-            for g, start in zip(self.generators, self.starts, strict=True)
-        ]
-        return (*self.plain, *places)
-
-    def axis(self, generator: Generator) -> int:
-        return len(self.plain) + self.generators.index(generator)
-
-
-def _collect(e: Expr, found: dict[Generator, None]) -> None:
-    if not E.variables(e) & _JOINT:
-        return
-    if _compares_sums(e):
-        e = E.sub(*e.operands)
-    if _is_sum(e):
-        groups, rest = _grouped(e)
-        found.update(dict.fromkeys(groups))
-        for atom, _ in rest:
-            _collect(atom, found)
-        return
-    for operand in e.operands:
-        _collect(operand, found)
-
-
-def _independent(digits: Sequence[Expr], lift: Lift) -> bool:
-    """Whether the digits take all combinations of their values."""
-    for name in _JOINT:
-        own = [d for d in map(digit, digits) if d is not None and d.variable.args[0] == name]
-        bound = lift.bounds[name]
-        if len(own) < 2 and all(d.divisor == 1 and d.modulus is None for d in own):
-            continue
-        radix: Any = 1
-        for d in sorted(own, key=lambda d: d.divisor):
-            last = d.modulus is None
-            if d.divisor != radix or not isinstance(bound, int) or bound % d.divisor:
-                return False
-            radix = bound if last else radix * (d.modulus or 1)
-        if bound % radix:
-            return False
-    return True
-
-
-def _range(generator: Generator, lift: Lift) -> tuple[Size, Size]:
-    low: Size = 0
-    high: Size = 0
-    for atom, sign in generator:
-        last: Size | None = lift.bounds[atom.args[0]] - 1 if atom.op == "var" else lift.interval(atom)[1]
-        if last is None:
-            raise NotCondensable("a digit of unknown range")
-        low, high = (low, high + last) if sign > 0 else (low - last, high)
-    return low, high
-
-
-# --- writing ------------------------------------------------------------------------------------
-
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "+": operator.add,
-    "*": operator.mul,
-    "//": operator.floordiv,
-    "%": operator.mod,
-    "<=": operator.le,
-    "<": operator.lt,
-    ">=": operator.ge,
-    ">": operator.gt,
-    "==": operator.eq,
-    "!=": operator.ne,
-    "abs": torch.abs,
-    "min": torch.minimum,
-    "max": torch.maximum,
-    "where": torch.where,
-    "and": torch.logical_and,
-    "or": torch.logical_or,
-    "not": torch.logical_not,
-}
-
-
-@dataclass
-class _Writer:
-    """Writes a tree as a recipe whose every tensor has the rank of the table, with sizes of 1."""
-
-    axes: _Axes
-    lift: Lift
-    device: torch.device
-    _memo: dict[int, Any] = field(default_factory=dict)
-    _known: dict[Expr, Any] = field(default_factory=dict)
-
-    def table(self, tree: Tree, node: fx.Node) -> Table:
-        sizes = tuple(n if isinstance(n, int) else Length(n) for n in self.axes.sizes)
-        recipe = Call("expand", self.call(tree), sizes)
-        return Table(recipe, self.axes.sizes, nodes.value(node).dtype, self.device)
-
-    @property
-    def rank(self) -> int:
-        return len(self.axes.sizes)
-
-    def call(self, tree: Tree) -> Any:
-        if id(tree) not in self._memo:
-            self._memo[id(tree)] = self._call(tree)
-        return self._memo[id(tree)]
-
-    def _call(self, tree: Tree) -> Any:
-        if isinstance(tree, Form):
-            own = nodes.value(tree.node)
-            # A number must stay one without dimensions: what has some may promote to another dtype.
-            return self.form(tree.value, own.dtype, (1,) * (self.rank if own.ndim else 0))
-        if isinstance(tree, Stored):
-            if not tree.at:
-                return tree.node
-            if nodes.value(tree.node).device != self.device:
-                raise NotCondensable("a tensor on another device")
-            return Call(operator.getitem, tree.node, tuple(self.position(i) for i in tree.at))
-        return Call(tree.target, *self.given(tree.args), **self.given(tree.kwargs))
-
-    def given(self, x: Any) -> Any:
-        if isinstance(x, (Form, Stored, Step)):
-            return self.call(x)
-        if isinstance(x, tuple):
-            return tuple(map(self.given, x))
-        return {name: self.given(item) for name, item in x.items()} if isinstance(x, dict) else x
-
-    def position(self, i: Any) -> Any:
-        return self.form(i, torch.int64) if isinstance(i, Expr) else self.call(i)
-
-    def form(self, e: Expr, dtype: torch.dtype, sizes: tuple[int, ...] | None = None) -> Call:
-        """A closed form as a tensor; a constant one has ``sizes``, by default those of any element."""
-        found = self.value(self.over_axes(e))
-        if not isinstance(found, Call):
-            sizes = (1,) * self.rank if sizes is None else sizes
-            return Call(torch.full, sizes, found, dtype=dtype, device=self.device)
-        own = torch.bool if E.is_bool(e) else torch.int64
-        return found if own == dtype else Call("to", found, dtype)
-
-    def over_axes(self, e: Expr) -> Expr:
-        """``e`` over the axes of the table, as variables ``u0``, ``u1``, …"""
-
-        def swap(n: Expr) -> Expr | None:
-            if not E.variables(n) & _JOINT:
-                return n
-            if _compares_sums(n):
-                return E.build(n.op, (E.substitute(E.sub(*n.operands), swap), const(0)))
-            if not _is_sum(n):
-                return None
-            groups, rest = _grouped(n)
-            parts = []
-            for generator, factor in groups.items():
-                place = self.axes.axis(generator)
-                start = self.axes.starts[place - len(self.axes.plain)]
-                parts.append(E.mul(E.add(E.var(f"u{place}"), self.lift.size(start)), const(factor)))
-            parts += [E.mul(E.substitute(atom, swap), const(c)) for atom, c in rest]
-            return E.add(*parts)
-
-        return E.substitute(e, swap)
-
-    def value(self, e: Expr) -> Any:
-        if e not in self._known:
-            self._known[e] = self._value(e)
-        return self._known[e]
-
-    def _value(self, e: Expr) -> Any:
-        if e.is_const:
-            return e.value
-        if e.op == "var":
-            return self.variable(e)
-        values = [self.value(a) for a in e.operands]
-        tensors = [isinstance(v, Call) for v in values]
-        if e.op not in _OPERATORS:
-            raise NotCondensable(f"`{e.op}` of positions")
-        if not any(tensors):
-            sizes = [v.size if isinstance(v, Length) else v for v in values]
-            if e.op not in ("+", "*"):
-                raise NotCondensable("a function of sizes")
-            return Length(sum(sizes) if e.op == "+" else nodes.product(sizes))
-        if e.op in ("min", "max") and not all(tensors):
-            of_tensor, number = values if tensors[0] else values[::-1]
-            of_tensor = self.integer(of_tensor, e.args[0] if tensors[0] else e.args[1])
-            return Call(torch.clamp, of_tensor, **{{"min": "max", "max": "min"}[e.op]: number})
-        if e.op in ("and", "or", "not"):
-            values = [v if t else self.full(v, torch.bool) for v, t in zip(values, tensors, strict=True)]
-        if e.op in ("+", "*", "//", "%", "min", "max", "abs"):
-            # PyTorch adds booleans as "or"; here they are 0 and 1.
-            values = [self.integer(v, a) for v, a in zip(values, e.operands, strict=True)]
-        if e.op == "where" and not E.is_bool(e):
-            values = [values[0], *(self.integer(v, a) for v, a in zip(values[1:], e.args[1:], strict=True))]
-        if e.op in ("and", "or", "not"):
-            values = [self.condition(v, a) for v, a in zip(values, e.operands, strict=True)]
-        if e.op == "where":
-            values[0] = self.condition(values[0], e.args[0])
-        total = values[0]
-        if e.op in ("+", "and", "or"):
-            for v in values[1:]:
-                total = Call(_OPERATORS[e.op], total, v)
-            return total
-        return Call(_OPERATORS[e.op], *values)
-
-    def full(self, v: Any, dtype: torch.dtype) -> Call:
-        return Call(torch.full, (1,) * self.rank, v, dtype=dtype, device=self.device)
-
-    def integer(self, v: Any, e: Expr) -> Any:
-        return Call("to", v, torch.int64) if E.is_bool(e) and isinstance(v, Call) else v
-
-    def condition(self, v: Any, e: Expr) -> Any:
-        if not isinstance(v, Call):
-            return self.full(bool(v), torch.bool)
-        return v if E.is_bool(e) else Call(operator.ne, v, 0)
-
-    def variable(self, e: Expr) -> Any:
-        name = e.args[0]
-        if e in (B, H) and e not in self.axes.plain:
-            return 0
-        if e in (B, H):
-            place = self.axes.plain.index(e)
-        elif name.startswith("u") and name[1:].isdigit() and name not in self.lift.scope.ints:
-            place = int(name[1:])
-        else:
-            sizes = {v: s for s, v in self.lift.scope.sizes.items()}
-            if e in sizes or name in self.lift.scope.ints:
-                return Length(sizes[e] if e in sizes else self.lift.scope.ints[name])
-            bound = {"Sq": "q", "Skv": "kv"}[name]
-            return self.lift.bounds[bound]
-        size = self.axes.sizes[place]
-        ramp = Call(torch.arange, size if isinstance(size, int) else Length(size), device=self.device)
-        shape_ = tuple(-1 if axis == place else 1 for axis in range(self.rank))
-        return ramp if self.rank == 1 else Call("view", ramp, shape_)
