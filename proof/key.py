@@ -69,10 +69,10 @@ def site_nodes(region: AttentionRegion) -> Iterator[tuple[fx.Node, bool]]:
         needed.add(node)
         if node in leaves or node.op in ("placeholder", "get_attr") or _is_number(node):
             leaves.add(node)
-        elif _reads_sizes(node):
-            measured.update(node.all_input_nodes)
         else:
-            pending += node.all_input_nodes
+            only = _measured(node)
+            measured.update(only)
+            pending += [n for n in node.all_input_nodes if n not in only]
     leaves |= measured - needed
     for node in region.output.graph.nodes:
         if node in needed or node in measured:
@@ -83,9 +83,16 @@ def _is_number(node: fx.Node) -> bool:
     return isinstance(nodes.value(node), (int, float, torch.SymInt, torch.SymFloat))
 
 
-def _reads_sizes(node: fx.Node) -> bool:
+def _measured(node: fx.Node) -> list[fx.Node]:
+    """The operands of which ``node`` reads nothing but the sizes and the dtype."""
     op = dialect.read(node)
-    return op is not None and (op.name.endswith("_like") or op.name.startswith("new_"))
+    if op is None:
+        return []
+    if op.name.endswith("_like") or op.name.startswith("new_"):
+        return node.all_input_nodes
+    other = op.args.get("other")
+    by_example = op.name in ("reshape_as", "expand_as", "type_as") and isinstance(other, fx.Node)
+    return [other] if by_example and other is not op.input else []
 
 
 def site_key(plan: Fuse) -> tuple[Hashable, ...]:

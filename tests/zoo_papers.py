@@ -180,3 +180,26 @@ def einsum_with_talking_heads(q, k, v, mask, bias, scale):
     dots = dots.masked_fill(~mask[:, None, None, :], -INF)
     mixed = torch.einsum("b h i j, h g -> b g i j", dots.softmax(dim=-1), scale[:, :, 0] @ scale[:, :, 0].mT)
     return torch.einsum("b h i j, b h j d -> b h i d", mixed, v)
+
+
+# --- distances by a shift ------------------------------------------------------------------------
+
+
+def shifted(x: Tensor) -> Tensor:
+    """[.., q, kv] from [.., q, distance], of which there are 2S − 1: each row one place further."""
+    padded = torch.cat([x.new_zeros(B, H, S, 1), x], -1).view(B, H, 2 * S, S)
+    return padded[:, :, 1:].view_as(x)[..., :S]
+
+
+@fused(
+    "papers",
+    "s + cat[b, h, (kv + q*13 + 7) // 14, (kv + q*13 + 7) % 14] else nan",
+    inputs=lambda: (*qkv(), randn(2 * S - 1, D), randn(H, H, 1, 1)),
+)
+def transformer_xl(q, k, v, r, weight):
+    return softmax(q @ k.mT + shifted(F.conv2d(q, weight) @ r.mT)) @ v
+
+
+@left("papers", "score_path")
+def content_shifted(q, k, v):
+    return softmax(shifted(torch.cat([q @ k.mT, q @ k.mT[..., 1:]], -1))) @ v

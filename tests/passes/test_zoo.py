@@ -50,6 +50,7 @@ KINDS = {
     "T5": ("t5", "bucketed_scores"),
     "DeBERTa": ("gathered", "sorted_scores"),
     "Swin": ("window_bias", "sorted_scores"),
+    "Transformer-XL": ("transformer_xl", "content_shifted"),
 }  # fmt: skip
 """By kind: the names of a specimen, and of a twin that looks like it."""
 

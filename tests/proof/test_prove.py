@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
+import zoo_papers  # noqa: F401  (registers its specimens)
 from torch import Tensor, fx
 from torch.nn import functional as F
 
@@ -201,6 +203,14 @@ def test_a_function_outside_the_field_is_said():
         return torch.tanh(q @ k.mT).softmax(-1) @ v
 
     assert prove_site(planned(f, *qkv(2, 2, 9, 8))).uninterpreted == ("tanh",)
+
+
+def test_what_is_only_measured_is_not_part_of_the_site():
+    """``view_as(x)`` reads the sizes of x: that a convolution made it does not matter to the proof."""
+    specimen = next(s for s in zoo.SPECIMENS if s.name == "transformer_xl")
+    site = planned(specimen.run, *specimen.inputs())
+    assert not [n for n, _ in site_nodes(site.region) if n.target is F.conv2d]
+    assert prove_site(site).ok
 
 
 def test_no_meaning_over_a_field(monkeypatch):
