@@ -26,12 +26,17 @@ _HEADS_KEPT = {
     for name, size in hf._TINY.items()
     if "dim" not in name and "rank" not in name and name not in ("hidden_size", "d_model", "n_embd")
 } | {"num_attention_heads": 2, "num_key_value_heads": 1, "num_heads": 2}
+_ALL = {**hf._TINY, "num_frames": 4, "num_mel_bins": 16, "max_source_positions": 32}
 SIZES: tuple[Mapping[str, int], ...] = (
-    {**hf._TINY, "num_frames": 4, "num_mel_bins": 16, "max_source_positions": 32},
+    _ALL,
     _HEADS_KEPT,
+    {**_ALL, "hidden_size": 256, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
     {"vocab_size": 199, **hf._EXPERTS},
 )
-"""Ways to be small: all widths cut; width of the heads kept; widths kept."""
+"""Ways to be small: all widths cut; width of the heads kept; heads of 128, which models have whose rotary
+embedding has parts of fixed sizes; widths kept."""
+_UNSET = {"vocab_size": 199, "num_key_value_heads": 2, "n_routed_experts": 2, "n_shared_experts": 1}
+"""Sizes that some configs leave open though their models need them."""
 
 
 class Unbuildable(Exception):
@@ -84,6 +89,9 @@ def _model(kind: str, attention: str, dropout: float, sizes: Mapping[str, int]) 
                 rate = 0.0 if "layer" in name or "path" in name else dropout
                 with contextlib.suppress(StrictDataclassError):
                     setattr(part, name, rate)
+        for name, value in _UNSET.items():
+            if vars(part).get(name, value) is None and sizes is not _ALL:
+                setattr(part, name, value)
         for name, value in _NEEDED.items():
             if getattr(part, name, value) != value or (name == "prediction_length" and hasattr(part, name)):
                 setattr(part, name, value)

@@ -56,6 +56,7 @@ _TINY: Mapping[str, int] = {
     "vocab_size": 199,
     "max_position_embeddings": 256,
     "sliding_window": 8,
+    "rotary_dim": 16,
     "image_size": 32,
     "patch_size": 8,
 }
