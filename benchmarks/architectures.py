@@ -263,11 +263,13 @@ def summary(results: Sequence[dict[str, Any]], mode: str) -> list[str]:
     full = sum(r["full_rank"] for r in ran)
     reasons = Counter(left["code"] for r in ran for left in r["left"])
     share = 100 / max(1, totals["sites"])
+    without_inductor = all(r["not_lowered"] == r["graphs"] for r in ran)
+    inductor = f"fuse {totals['inductor']} ({totals['inductor'] * share:.1f} %)"
     lines = [
         f"## {mode}",
         "",
-        f"{len(ran)} architectures with attention: {totals['sites']} sites; Inductor's patterns fuse "
-        f"{totals['inductor']} ({totals['inductor'] * share:.1f} %), FlashFuse {totals['fused']} "
+        f"{len(ran)} architectures with attention: {totals['sites']} sites; Inductor's patterns "
+        f"{'were not run' if without_inductor else inductor}, FlashFuse fuses {totals['fused']} "
         f"({totals['fused'] * share:.1f} %), {totals['proved']} proved; {wrong} wrong, {unstable} unstable. "
         f"{full} of the fused sites load a tensor of [Sq, Skv].",
         "",
@@ -280,7 +282,8 @@ def summary(results: Sequence[dict[str, Any]], mode: str) -> list[str]:
         left = Counter(f"{x['code']}: {x['message']}" for x in r["left"])
         text = "; ".join(f"{n} × {what}" for what, n in left.items()).replace("|", "\\|")
         lines.append(
-            f"| {r['model']} | {r['sites']} | {r['inductor']} | {r['fused']} | {r['proved']} "
+            f"| {r['model']} | {r['sites']} | {'' if without_inductor else r['inductor']} | {r['fused']} "
+            f"| {r['proved']} "
             f"| {len(r['wrong'])} | {len(r.get('unstable', ()))} | {text} |"
         )
     without = [r["model"] for r in own if "error" not in r and not r["sites"]]

@@ -91,8 +91,8 @@ def _measured(node: fx.Node) -> list[fx.Node]:
     if op.name.endswith("_like") or op.name.startswith("new_"):
         return node.all_input_nodes
     other = op.args.get("other")
-    by_example = op.name in ("reshape_as", "expand_as", "type_as") and isinstance(other, fx.Node)
-    return [other] if by_example and other is not op.input else []
+    by_example = op.name in ("reshape_as", "expand_as", "type_as")
+    return [other] if by_example and isinstance(other, fx.Node) and other is not op.input else []
 
 
 def site_key(plan: Fuse) -> tuple[Hashable, ...]:

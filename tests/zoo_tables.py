@@ -92,7 +92,7 @@ def gathered(q, k, v, by_bucket, index):
 
 @fused(
     "selected", "s + c[b, h, q, where(d[q, kv] < 0, d[q, kv] + 5, d[q, kv])] else nan",
-    inputs=products_and_index(-5), captures=DYNAMO,
+    inputs=products_and_index(-5), captures=("dynamo", "export"),
 )  # fmt: skip
 def taken_along(q, k, v, by_bucket, index):
     """Negative positions count from the end here, which ``gather`` does not take."""
