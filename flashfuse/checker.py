@@ -24,6 +24,8 @@ from flashfuse.site import extract
 
 MAX_SITE_BYTES = 6 << 30
 """A site whose float64 score matrices would take more is not compared on its own."""
+_RUN = "the run itself"
+"""What stands for the tensors of a site that could not be run."""
 
 
 @dataclass
@@ -105,7 +107,7 @@ class SiteChecker:
             return dataclasses.replace(check, not_compared=f"out of memory: {error}")
         except Exception as error:
             note = f"{type(error).__name__}: {error}"
-            items = (CheckItem("the run itself", math.inf, 0.0, 0.0, False, note),)
+            items = (CheckItem(_RUN, math.inf, 0.0, 0.0, False, note),)
         finally:
             self.numbers_ms += (time.perf_counter() - started) * 1e3
         return dataclasses.replace(check, ok=check.ok and all(i.ok for i in items), items=items)
@@ -154,12 +156,10 @@ def _reason_to_leave(plan: Fuse, done: _Done) -> Reason | None:
     check, where = done.check, plan.region.source
     if not check.ok:
         proved_wrong = check.proof is not None and not check.proof.ok
-        return Reason(
-            "proof_failed" if proved_wrong else "check_failed",
-            f"the fused site differs from the original in {_difference(check)}",
-            where,
-            done.hint,
-        )
+        message = f"the fused site differs from the original in {_difference(check)}"
+        if not proved_wrong and any(item.name == _RUN for item in check.items):
+            message = f"the fused site and the original could not be compared in {_difference(check)}"
+        return Reason("proof_failed" if proved_wrong else "check_failed", message, where, done.hint)
     if check.proof is None and not check.items:
         return Reason(
             "not_proved",
