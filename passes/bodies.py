@@ -27,14 +27,12 @@ def movable(caller: fx.GraphModule, name: str) -> dict[str, fx.Node]:
     They are computed by operations of the vocabulary alone, without products, random numbers, gradients
     or memory that is written to, so that the body computes the same.
     """
-    if any(n.target is torch.amp.autocast_mode._enter_autocast for n in caller.graph.nodes):
+    passed = _arguments(caller, name, _body(caller, name))
+    found = {p.name: a for p, a in passed if isinstance(a, fx.Node) and _is_of_pairs(a) and _is_repeatable(a)}
+    if not found or any(n.target is torch.amp.autocast_mode._enter_autocast for n in caller.graph.nodes):
         return {}
     memory = nodes.Memory(caller.graph)
-    return {
-        placeholder.name: argument
-        for placeholder, argument in _arguments(caller, name, _body(caller, name))
-        if isinstance(argument, fx.Node) and _is_of_pairs(argument) and _makers(argument, memory)
-    }
+    return {placeholder: argument for placeholder, argument in found.items() if _makers(argument, memory)}
 
 
 def move_in(
@@ -117,21 +115,23 @@ def _is_of_pairs(node: fx.Node) -> bool:
     )
 
 
-def _makers(node: fx.Node, memory: nodes.Memory) -> list[fx.Node]:
+def _makers(node: fx.Node, memory: nodes.Memory) -> set[fx.Node]:
     """The nodes that compute ``node`` from what its graph was given; none where they cannot be repeated."""
-    found, pending = [node], [node]
+    found: set[fx.Node] = set()
+    pending = [node]
     while pending:
-        for operand in pending.pop().all_input_nodes:
-            if operand not in found and operand.op not in ("placeholder", "get_attr"):
-                found.append(operand)
-                pending.append(operand)
-    given = {i for n in found for i in n.all_input_nodes} - set(found)
-    repeatable = (
-        len(found) <= _MAX_NODES
-        and all(_is_repeatable(n) and n not in memory.without_gradient for n in found)
-        and not any(memory.written_after(n) for n in {*found, *given})
-    )
-    return found if repeatable and node.op not in ("placeholder", "get_attr") else []
+        maker = pending.pop()
+        if maker in found:
+            continue
+        if memory.written_after(maker):
+            return set()
+        if maker.op in ("placeholder", "get_attr"):
+            continue
+        if not _is_repeatable(maker) or maker in memory.without_gradient or len(found) == _MAX_NODES:
+            return set()
+        found.add(maker)
+        pending += maker.all_input_nodes
+    return found
 
 
 def _is_repeatable(node: fx.Node) -> bool:

@@ -101,6 +101,15 @@ def taken_along(q, k, v, by_bucket, index):
 
 
 @fused(
+    "selected", "s + by_bucket[b, h, q, remainder[b, h, q, kv]] else nan",
+    inputs=products_and_index(-5), captures=("decomposed",),
+)  # fmt: skip
+def taken_along_decomposed(q, k, v, by_bucket, index):
+    """There the position is a remainder, which is stored."""
+    return taken_along(q, k, v, by_bucket, index)
+
+
+@fused(
     "selected", "s + c[where(d[q, kv] < 0, d[q, kv] + 9, d[q, kv]), h] else nan",
     inputs=lambda: (*qkv(), randn(9, H), torch.randint(-9, 9, (S, S))), captures=DYNAMO,
 )  # fmt: skip

@@ -65,7 +65,7 @@ class Case:
 def test_errors_are_those_of_a_softmax(text, group, alike, monkeypatch):
     monkeypatch.setattr(cpu.cpu_blas, "forward", None)
     cases = [Case(text, alike, group, seed) for seed in range(3)]
-    if all("mean" not in c.program.dead_rows for c in cases):
+    if all("mean" not in c.program.dead_rows and c.program.sink is None for c in cases):
         monkeypatch.setattr(cpu.cpu_blas, "backward", None)
     runs = [(c.run(c.ours), c.run(c.reference), c.run(c.reference, torch.float64)) for c in cases]
     for i, name in enumerate(("out", "dq", "dv", "dk", "dq_bias", "dk_bias")):

@@ -13,7 +13,6 @@ import torch
 from mutants import Base, Mutant
 from torch import Tensor, fx
 
-from flashfuse.numbers import compare
 from flashfuse.proof.certificate import Certificate
 from flashfuse.proof.prove import emitted, prove_replacement
 from flashfuse.proof.tiled import Tiled
@@ -70,7 +69,7 @@ def test_there_are_enough_mutants():
 
 
 def same_function(base: Base, mutant: Mutant) -> bool:
-    """Whether original and mutant, in float64, differ by less than float32 rounds, with all gradients."""
+    """Whether original and mutant agree on the real kernels, in float64, with all gradients."""
     floats = {t.dtype for t in base.inputs if t.is_floating_point()}
     if base.plan.region.dropout_p or floats != {torch.float64}:
         return False
@@ -80,7 +79,7 @@ def same_function(base: Base, mutant: Mutant) -> bool:
         inputs = [t + torch.randn_like(t) if t.is_floating_point() else t for t in base.inputs]
         original, ours = (evaluated(base, r, inputs) for r in (None, replacement))
         for a, b in zip(original, ours, strict=True):
-            if not compare("", b, a, a, computed_in=torch.float32).ok:
+            if not torch.allclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True):
                 return False
     return True
 
