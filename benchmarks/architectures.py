@@ -162,6 +162,8 @@ def _child(kind: str, mode: str, seconds: int, pipe: int, log: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     sys.stdout = sys.stderr = log.open("w")
     os.dup2(sys.stderr.fileno(), 2)
+    # The pool of the parent is of no use here, and autograd's threads must not find that out all at once.
+    torch.set_num_threads(torch.get_num_threads())
     started = time.perf_counter()
     try:
         result = examine(kind, mode)

@@ -54,6 +54,25 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def dot_rows(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """a bᵀ [M, N] of a [M, K] and b [N, K].
+
+    In full float32 a product is one chain of K sums.  Where there are few rows the products of vectors that
+    an eager model runs add in trees, so a long chain is cut here too.
+    """
+    M: tl.constexpr = a.shape[0]
+    N: tl.constexpr = b.shape[0]
+    K: tl.constexpr = a.shape[1]
+    if PRECISION == "ieee" and M <= 16 and K > 128:
+        PARTS: tl.constexpr = K // 32
+        parts_a = tl.permute(tl.reshape(a, [M, PARTS, 32]), (1, 0, 2))
+        parts_b = tl.permute(tl.reshape(b, [N, PARTS, 32]), (1, 2, 0))
+        return tl.sum(tl.dot(parts_a, parts_b, input_precision=PRECISION), 0)
+    else:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+
+@triton.jit
 def sink_of_rows(  # type: ignore[no-untyped-def]
     b, h, rows, Sq, Skv, ptrs, nums, SINK: tl.constexpr, BASE_2: tl.constexpr, BM: tl.constexpr
 ):
@@ -91,22 +110,22 @@ def tanh_precise(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def block_min(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The least value along ``axis``; −inf where a NaN is among them."""
+    """The least value along ``axis``, or the only one; −inf where a NaN is among them."""
     if x.dtype.is_floating():
         x = tl.where(x == x, x, float("-inf"))
     elif x.dtype == tl.int1:
         x = x.to(tl.int32)
-    return tl.min(x, axis)
+    return tl.min(x, axis) if x.type.is_block() else x
 
 
 @triton.jit
 def block_max(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The greatest value along ``axis``; +inf where a NaN is among them."""
+    """The greatest value along ``axis``, or the only one; +inf where a NaN is among them."""
     if x.dtype.is_floating():
         x = tl.where(x == x, x, float("inf"))
     elif x.dtype == tl.int1:
         x = x.to(tl.int32)
-    return tl.max(x, axis)
+    return tl.max(x, axis) if x.type.is_block() else x
 
 
 @triton.jit

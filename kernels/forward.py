@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import LN2, LOG2E, dot_add, keep_draw, sink_of_rows
+from flashfuse.kernels.device_math import LN2, LOG2E, dot_add, dot_rows, keep_draw, sink_of_rows
 
 UNSPECIALIZED = [
     "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sob", "soh", "sos",
@@ -67,7 +67,7 @@ def attend(  # type: ignore[no-untyped-def]
     offset = start.to(tl.int64) * 8
     columns = tl.arange(0, BN)
     k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, CHECK)  # [BN, D_PAD]
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    s = dot_rows(q, k, PRECISION)  # [BM, BN]
     kv = start + columns
     inside = (kv < Skv)[None, :]
     if CHECK:

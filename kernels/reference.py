@@ -48,8 +48,9 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
         if op == "load":
             source = env[node.args[0]]
             assert isinstance(source, Tensor)
-            indices = [as_tensor(visit(i), source.device) for i in node.operands]
-            return source[tuple(indices)]
+            # A number stays one: an index of no dimensions would be read back from its device.
+            indices = (visit(i) for i in node.operands)
+            return source[tuple(int(i) if isinstance(i, (bool, int)) else i for i in indices)]
         values = [visit(a) for a in node.operands]
         if op in ("+", "*", "/", "//", "%", "min", "max"):
             # PyTorch adds booleans as "or"; here they are 0 and 1.

@@ -53,6 +53,7 @@ def captures_of(program, sizes, seed=0):
         "start": torch.randint(0, skv, (b,), generator=g),
         "weight": torch.rand(b, skv, generator=g) - 0.5,
         "span": torch.tensor([0.0, 40.5, 300.0, 1e9])[:h],
+        "last": torch.arange(sq) * 2 + 70,
         "nan": torch.full((skv,), float("nan")),
     }
     return [made[name] for name in program.captures]
@@ -71,6 +72,7 @@ EXACT = [
     "dense[h, q, kv]",
     "dense[h, q, kv] and kv <= q",
     "kv >= start[b]",
+    "kv <= last[q] and pad[b, kv]",
     "kv <= q or kv < 5",
     "abs(kv - q) < span[h]",
     "h == 1",

@@ -145,19 +145,22 @@ def test_equal_under_rule(case):
 
 LAST = f"{SCALE} where kv <= q + Skv - Sq"
 FEW_QUERIES = [
-    *((p, c) for p, c, _ in PROGRAMS),
-    (LAST, None),
-    (f"{LAST} and kv > q + Skv - Sq - 300", None),
-    *((f"{LAST} and pad[b, kv] else {tail}", mostly_padding) for tail in ("mean", "uniform", "nan", "zero")),
-    (f"{LAST} and kv >= first[h] else zero", window_by_head),
+    *PROGRAMS,
+    (LAST, None, ()),
+    (f"{LAST} and kv > q + Skv - Sq - 300", None, ()),
+    *(
+        (f"{LAST} and pad[b, kv] else {tail}", mostly_padding, ())
+        for tail in ("mean", "uniform", "nan", "zero")
+    ),
+    (f"{LAST} and kv >= first[h] else zero", window_by_head, ()),
 ]
 
 
 def few_queries():
-    for program, captures in FEW_QUERIES:
+    for program, captures, floats in FEW_QUERIES:
         for q_len, dtype in ((1, BF16), (5, BF16), (16, F32)):
             yield make(
-                program, captures, (), sizes=(2, 6, q_len, 1333), kv_heads=2, dims=(64, 64), dtype=dtype
+                program, captures, floats, sizes=(2, 6, q_len, 1333), kv_heads=2, dims=(64, 64), dtype=dtype
             )
     for dims in [(8, 8), (40, 40), (128, 128), (192, 128), (256, 256), (64, 128), (80, 24)]:
         for (q_len, kv_heads), dtype in itertools.product(((1, 8), (3, 1)), (BF16, F16, F32)):

@@ -72,6 +72,7 @@ FEW_QUERIES = """
     dict(program="s*0.158", sizes=(2, 2, 1, 300), kv_heads=2),
     dict(program="s*0.158", sizes=(1, 8, 1, 389), kv_heads=1, dims=(40, 24)),
     dict(program="s*0.158", sizes=(1, 8, 5, 256), kv_heads=2, dtype=torch.float16),
+    dict(program="s*0.08", sizes=(1, 4, 2, 300), kv_heads=2, dims=(192, 40)),
     dict(program="s*0.158 where kv <= q + Skv - Sq", sizes=(1, 4, 5, 389), kv_heads=1),
     dict(program="s*0.158 where kv <= q + Skv - Sq and kv > q + Skv - Sq - 130", sizes=(1, 8, 2, 700)),
     dict(program="s*0.158 where kv <= n", sizes=(1, 4, 1, 900), ints=(200,), dtype=torch.float16),
@@ -163,6 +164,8 @@ def same_map(text, sizes):
 
 for text in EXACT + CONSERVATIVE:
     attempt(f"map {text}", lambda: same_map(text, (2, 4, 300, 513)))
+for text in EXACT[8:13] + CONSERVATIVE[3:6]:
+    attempt(f"map {text} of one query", lambda: same_map(text, (1, 4, 1, 700)))
 """, 10),
 }  # fmt: skip
 
