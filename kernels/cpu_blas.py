@@ -175,12 +175,21 @@ class _Weights:
         self.tile, self.values, self.lse, self.dead = tile, values, lse, dead
         self.all_weights, self.weights = weights, weights[..., : tile.k1 - tile.k0]
 
-    def score_gradient(self, d_weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """dS [H, rows, columns], and d sink [1, H, rows, 1] under a sink."""
-        if self.weights.shape == self.all_weights.shape:
-            return torch._softmax_backward_data(d_weights, self.weights, -1, dtype), None
-        both = torch._softmax_backward_data(F.pad(d_weights, (0, 1)), self.all_weights, -1, dtype)
-        return both[..., :-1], both[None, ..., -1:]
+    def score_gradient(
+        self, d_weights: Tensor, dtype: torch.dtype, balanced: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """dS [H, rows, columns], and d sink [1, H, rows, 1] under a sink.
+
+        Without a sink rows of dS add up to 0.  ``balanced`` takes off by weight what roundings leave: an
+        original that subtracts the maximum of its scores, and differentiates that, does no less.
+        """
+        if self.weights.shape != self.all_weights.shape:
+            both = torch._softmax_backward_data(F.pad(d_weights, (0, 1)), self.all_weights, -1, dtype)
+            return both[..., :-1], both[None, ..., -1:]
+        d_score = torch._softmax_backward_data(d_weights, self.weights, -1, dtype)
+        if balanced:
+            d_score.addcmul_(self.weights, d_score.sum(-1, keepdim=True), value=-1)
+        return d_score, None
 
 
 def allowed_of(values: TileValues, tile: Tile) -> Tensor | None:
@@ -295,7 +304,8 @@ def backward(
             bits = None if site.dropout is None else site.dropout.keep_bits(w.tile)
             if bits is not None:
                 _drop(d_weights, bits)
-            d_score, d_sink = w.score_gradient(d_weights, site.dtype)
+            # Beside what dropout does to a row its rounding is nothing.
+            d_score, d_sink = w.score_gradient(d_weights, site.dtype, balanced=site.dropout is None)
             if w.dead is not None and program.dead_rows not in REACHING:
                 d_score.masked_fill_(w.dead, 0)
             if d_sink is not None and w.dead is not None:

@@ -50,7 +50,7 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
             assert isinstance(source, Tensor)
             # A number stays one: an index of no dimensions would be read back from its device.
             indices = (visit(i) for i in node.operands)
-            return source[tuple(int(i) if isinstance(i, (bool, int)) else i for i in indices)]
+            return source[tuple(i if isinstance(i, Tensor) else int(i) for i in indices)]
         values = [visit(a) for a in node.operands]
         if op in ("+", "*", "/", "//", "%", "min", "max"):
             # PyTorch adds booleans as "or"; here they are 0 and 1.

@@ -94,3 +94,30 @@ def test_extreme_values(value):
     assert_equal_under_rule(
         case.run(case.ours)[0], case.run(case.reference)[0], case.run(case.reference, torch.float64)[0]
     )
+
+
+def test_values_of_zero_stay_exact():
+    """Padding: whatever is taken off all values would have to be added up as often as there are keys."""
+    case = Case("s*0.25", 0.0)
+    case.q *= 1e-3
+    case.v[:, :, 8:] = 0
+    assert_equal_under_rule(
+        case.run(case.ours)[0], case.run(case.reference)[0], case.run(case.reference, torch.float64)[0]
+    )
+
+
+def test_rows_add_up_to_zero_as_where_a_maximum_is_subtracted():
+    """The gradient of the maximum takes off what roundings leave of a row's sum."""
+
+    def original(q, k, v, captures):
+        scores = (q @ k.mT * 0.25 + captures[0]) / 32
+        return torch.softmax((scores - scores.amax(-1, keepdim=True)) * 32, -1) @ v
+
+    errors = []
+    for seed in range(3):
+        case = Case("s*0.25 + bias[h, q, kv]", 10.0, seed=seed)
+        case.captures[0].requires_grad_()
+        errors.append(
+            [case.run(case.ours)[-1], case.run(original)[-1], case.run(original, torch.float64)[-1]]
+        )
+    assert_equal_under_rule(*(torch.stack(e) for e in zip(*errors, strict=True)))
