@@ -185,15 +185,16 @@ def run_all(jobs: Sequence[tuple[str, str]], out: Path, workers: int, seconds: i
     """Examine each of ``jobs`` that has no result in ``out`` yet."""
     pending = [job for job in jobs if not _file(out, *job).is_file()][::-1]
     total, done = len(pending), 0
-    unbuilt: dict[str, dict[str, Any]] = {}
+    # By kind and attention: what has no SDPA may well have eager attention.
+    unbuilt: dict[tuple[str, str], dict[str, Any]] = {}
     running: dict[int, tuple[str, str, int, list[bytes]]] = {}
     again: set[tuple[str, str]] = set()
     while pending or running:
         while pending and len(running) < workers:
             kind, mode = pending.pop()
-            if kind in unbuilt:
+            if (kind, mode.partition("-")[0]) in unbuilt:
                 done += 1
-                _write(out, kind, mode, unbuilt[kind])
+                _write(out, kind, mode, unbuilt[kind, mode.partition("-")[0]])
                 continue
             read, write = os.pipe()
             pid = os.fork()
@@ -221,7 +222,7 @@ def run_all(jobs: Sequence[tuple[str, str]], out: Path, workers: int, seconds: i
                 continue
             _write(out, kind, mode, result)
             if result.get("error", "").startswith(NOT_BUILT):
-                unbuilt[kind] = result
+                unbuilt[kind, mode.partition("-")[0]] = result
             done += 1
             print(f"[{done}/{total}] {kind} {mode}: {_in_a_line(result)}", flush=True)
 
