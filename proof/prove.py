@@ -300,7 +300,7 @@ class _Comparison:
         if self.rows == "alive":
             return torch.ones(shape, dtype=torch.bool)
         if self.rows == "masked" and len(shape) > 1 and min(shape[-2:]) > 1:
-            return self.by_rows((*shape[:-2], shape[-1], shape[-2])).transpose(-1, -2)
+            return self.by_rows((*shape[:-2], shape[-1], shape[-2])).transpose(-1, -2).contiguous()
         return self.by_rows(shape)
 
     def by_rows(self, shape: tuple[int, ...]) -> Tensor:
@@ -320,7 +320,7 @@ class _Comparison:
         name = self.names.get(node)
         rows = _rows_selected(self.region, name) if name is not None else None
         if rows is not None:
-            low, high = (n if isinstance(n, int) else self.sizes(n) for n in rows)
+            low, high = map(self.sizes, rows)
             return torch.randint(low, high, shape, generator=self.draw.inputs)
         if name is not None and _is_position(self.region.program, name):
             return torch.randint(0, self.sizes(self.region.shape.kv_len), shape, generator=self.draw.inputs)

@@ -95,6 +95,24 @@ def test_relative_positions_and_caches_shrink():
     assert "Sq10 Skv23" in certificate.sizes
 
 
+def test_a_stored_index_fits_the_smaller_table():
+    """The table has as many rows as there are keys, and is made smaller with them."""
+
+    def biased(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        return (q @ k.mT * 0.25 + table[:, index]).softmax(-1) @ v
+
+    index = torch.randint(196, (196, 196))
+    assert prove_site(planned(biased, *qkv(2, 4, 196, 16), torch.randn(4, 196), index)).ok
+
+
+def test_a_stored_mask_is_laid_out_as_it_was():
+    def patches(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        scores = (q @ k.mT).masked_fill(~seen.view(2, 1, 1, -1), -math.inf)
+        return scores.softmax(-1) @ v
+
+    assert prove_site(planned(patches, *qkv(2, 4, 16, 16), torch.ones(2, 4, 4, dtype=torch.bool))).ok
+
+
 def test_products_sums_and_near_numbers_are_kept():
     site = planned(heads_split, torch.randn(2, 300, 32), torch.randn(32, 3 * 768))
     made = shrink(site.region.shape, [*dict(site_nodes(site.region)), *emitted(site).graph.nodes], 0)
