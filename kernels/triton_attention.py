@@ -303,8 +303,10 @@ class _Site:
         return decode.split_count(self._decode_tiles(), most, _processors(device))
 
     def _decode_config(self) -> configs.Config:
-        rows = padded(min(self.group * self.q_len, 64))
-        return self.config("decode")._replace(bm=rows)
+        config = self.config("decode")
+        # Products of float32 take registers, not tensor cores: a larger tile gains nothing there.
+        most = 64 if self.itemsize == 2 else config.bm
+        return config._replace(bm=padded(min(self.group * self.q_len, most)))
 
     def _decode_tiles(self) -> int:
         return -(-self.group * self.q_len // self._decode_config().bm) * self.batch * self.kv_heads
