@@ -13,8 +13,8 @@ most of what is left of ``dP - delta``.  A vector c that is taken from all value
 
     out = P (v - c) + c        dS = P ∘ (do (v - c)ᵀ - rowsum(do ∘ (out - c)))
 
-c is the mean of some outputs of the head, or 0 where that takes little off the values.  So it is no larger
-than an output, whatever stands in values that no row attends to.
+c is the mean of some outputs of the head.  So it is no larger than an output, whatever stands in values that
+no row attends to.
 """
 
 from __future__ import annotations
@@ -52,9 +52,6 @@ _WORTH_A_CALL = 1 << 20
 
 _SAMPLE = 4
 """Rows from which the common part of the outputs is taken, of at least 16 times as many."""
-
-_ALIKE = 0.9
-"""Values are alike where what they have in common takes a tenth off their length."""
 
 
 def forward(
@@ -155,7 +152,7 @@ class _Native:
         self.kv_heads = k.shape[1]
         self.q_dtype, self.dtype = q.dtype, _lse_dtype(q)
         # The kernel wants one head size.
-        self.head_dim = max(q.shape[-1], v.shape[-1])
+        self.head_dim, self.v_dim = max(q.shape[-1], v.shape[-1]), v.shape[-1]
 
     def tiles(self) -> Iterator[Tile]:
         """Tiles for the kernel, which skips the upper triangle itself where ``causal`` is set."""
@@ -213,27 +210,17 @@ class _Native:
         """[B, H_kv, n, D] → [B, H, n, D]."""
         return x.repeat_interleave(self.sizes[1] // self.kv_heads, 1)
 
-    def centred(self, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``v - c``, and c [B, H_kv, 1, D]: the mean of some rows ``out`` [B, H, n, D] of a key head.
-
-        c is 0 where the values are not alike, and ``None`` if no head's are: values of 0, as padding has
-        them, should stay exact.
-        """
+    def centre(self, out: Tensor) -> Tensor:
+        """The mean of some rows ``out`` [B, H, n, D] by key head, [B, H_kv, 1, D]; 0 where unusable."""
         mean = out.unflatten(1, (self.kv_heads, -1)).mean((2, 3)).unsqueeze(2)
         # Not where it is NaN or infinite, nor where what is left could overflow.
-        mean = torch.where(mean.abs() < torch.finfo(out.dtype).max ** 0.75, mean, 0)
-        left = v - mean
-        lengths = (torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True) for x in (left, v))
-        alike = next(lengths) < _ALIKE * next(lengths)
-        if alike.all():
-            return left, mean
-        if not alike.any():
-            return v, None
-        mean = torch.where(alike, mean, 0)
-        return v - mean, mean
+        return torch.where(mean.abs() < torch.finfo(out.dtype).max ** 0.75, mean, 0)
 
-    def sampled(self, every: Sequence[Tile], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The last few rows of each batch entry of ``out``, [B, H, few, D]."""
+    def sampled_centre(self, every: Sequence[Tile], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """:meth:`centre` of the last few rows of each batch entry.
+
+        It is 0 where most values are, as those of padding: they add up without a rounding, and should.
+        """
         out = v.new_zeros(*self.sizes[:2], _SAMPLE, v.shape[-1])
         for tile in {tile.b0: tile for tile in every if not tile.is_empty}.values():
             conditions = (*tile.conditions, _CAUSAL) if tile.causal else tile.conditions
@@ -241,7 +228,8 @@ class _Native:
             some = replace(tile, q0=q0, conditions=conditions, causal=False)
             rows = self.attended(some, self.mask(some), q, k, v)[0]
             out[tile.b0 : tile.b1, :, : tile.q1 - q0] = rows
-        return out
+        most = torch.count_nonzero(v, (2, 3)) > v.shape[2] * self.v_dim // 2
+        return torch.where(most[..., None, None], self.centre(out), 0)
 
     def attended(
         self, tile: Tile, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor
@@ -294,8 +282,8 @@ def _native_forward(
     q, k, v = site.padded(q), site.padded(k), site.padded(v)
     centre, centred = None, v
     if q_len >= 16 * _SAMPLE and _is_exact(site) and not _has_short_rows(site, every):
-        centred, centre = site.centred(v, site.sampled(every, q, k, v))
-        centre = None if centre is None else site.by_query_head(centre)
+        centre = site.sampled_centre(every, q, k, v)
+        centred, centre = v - centre, site.by_query_head(centre)
     for tile in every:
         rows = (slice(tile.b0, tile.b1), slice(None), slice(tile.q0, tile.q1))
         dead: Tensor | None
@@ -381,8 +369,8 @@ def _native_backward(
         lse = lse.masked_fill(dead, 0)
         out = out.masked_fill(dead[..., None], 0)
     if _is_exact(site):
-        v, centre = site.centred(v, out)
-        out = out if centre is None else out - site.by_query_head(centre)
+        centre = site.centre(out)
+        out, v = out - site.by_query_head(centre), v - centre
     rows_of = [site.padded(x) for x in (do, q, out)] + [lse]
     columns_of = [site.padded(x) for x in (k, v)]
 
