@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashfuse.api import explain, rewrite, verify
     from flashfuse.backend import FlashFuseWarning, clear_reports, last_report, reports
+    from flashfuse.functional import NotFusible, attention
     from flashfuse.report import Report
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "NotFusible": "functional",
+    "attention": "functional",
     "explain": "api",
     "rewrite": "api",
     "verify": "api",
@@ -29,7 +32,9 @@ _HOMES = {
 
 __all__ = [
     "FlashFuseWarning",
+    "NotFusible",
     "Report",
+    "attention",
     "clear_reports",
     "explain",
     "last_report",

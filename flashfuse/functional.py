@@ -1,0 +1,192 @@
+"""``flashfuse.attention``: fused attention for a score and a mask that are written in PyTorch."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, fx
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+
+from flashfuse import pipeline
+from flashfuse.options import Options
+from flashfuse.report import SiteReport
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class NotFusible(ValueError):
+    """What a score or a mask computes cannot become part of the kernels."""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention with a score and a mask of your own, in linear memory, forward and backward.
+
+        s    = score_mod(scale · q kᵀ, b, h, q, kv)        −∞ where mask_mod(b, h, q, kv) is false
+        out  = dropout(softmax(s)) v                       0 in a row that may attend to no key
+
+    Both functions are given whole tensors that broadcast to [B, H, Sq, Skv], and compute elementwise with
+    them: arithmetic, comparisons, ``torch.where``, ``tanh``, ``exp``, and reads of other tensors at indices
+    made of ``b``, ``h``, ``q`` and ``kv``.  Tensors that they read from around them get gradients if they
+    require them.  Nothing of the size [Sq, Skv] is made, and blocks that the mask empties are skipped.
+
+    The rule that holds everywhere holds here: PyTorch's own nodes are traced once, lifted, and proved equal
+    to what the kernels compute.  From the second length on, other lengths need no new trace.
+
+    Args:
+        query: [B, H, Sq, D], floating-point.
+        key: [B, H_kv, Skv, D], where H_kv divides H: heads of a group follow one another.
+        value: [B, H_kv, Skv, Dv].
+        score_mod: ``(score, b, h, q, kv) -> score``; the score is float32 for 16-bit inputs.
+        mask_mod: ``(b, h, q, kv) -> bool``.
+        scale: 1/√D if not given.
+        dropout_p: the rate at which weights are dropped; ``torch.manual_seed`` reproduces it.
+
+    Returns:
+        [B, H, Sq, Dv] of the dtype of ``query``.
+
+    Raises:
+        NotFusible: a function computes what the kernels cannot, such as a sort; the message says what.
+        ValueError: sizes do not fit together.
+
+    Inside a function that ``torch.compile`` compiles this is the formula above, which
+    ``backend="flashfuse"`` fuses like any other attention.
+    """
+    if torch.compiler.is_compiling():
+        return formula(query, key, value, score_mod, mask_mod, scale, dropout_p)
+    _check(query, key, value, dropout_p)
+    if 0 in (*query.shape, *value.shape):
+        return formula(query, key, value, score_mod, mask_mod, scale, dropout_p)
+    run = _compiled(score_mod, mask_mod, query)
+    # Dynamo wraps what a backend raises, and its own refusals, in pages that say nothing to the caller.
+    try:
+        out: Tensor = run(query, key, value, score_mod, mask_mod, scale, dropout_p)
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, NotFusible):
+            raise error.inner_exception from None
+        raise
+    except (Unsupported, FailOnRecompileLimitHit) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise NotFusible(f"score_mod or mask_mod could not be traced: {reason}") from error
+    return out
+
+
+def formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None,
+    mask_mod: MaskMod | None,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """What :func:`attention` means, in plain PyTorch, with matrices of [Sq, Skv]."""
+    batch, heads, q_len, _ = query.shape
+    group = heads // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    b, h, q, kv = (
+        torch.arange(n, device=query.device).view([-1 if d == axis else 1 for d in range(4)])
+        for axis, n in enumerate((batch, heads, q_len, key.shape[2]))
+    )
+    scores = query @ key.transpose(-2, -1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if score_mod is not None:
+        scores = score_mod(scores, b, h, q, kv)
+    if mask_mod is not None:
+        scores = torch.where(mask_mod(b, h, q, kv), scores, -math.inf)
+    weights = torch.softmax(scores, -1)
+    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, weights)
+    weights = torch.dropout(weights, dropout_p, True)
+    return weights.to(value.dtype) @ value
+
+
+_runs: dict[tuple[Any, Any], Callable[..., Tensor]] = {}
+_MOST_RUNS = 256
+
+
+def _compiled(score_mod: ScoreMod | None, mask_mod: MaskMod | None, like: Tensor) -> Callable[..., Tensor]:
+    """:func:`formula` compiled for functions of this code, of which closures may differ from call to call."""
+    code = getattr(score_mod, "__code__", score_mod), getattr(mask_mod, "__code__", mask_mod)
+    if code not in _runs:
+        _try(score_mod, mask_mod, like)
+        if len(_runs) == _MOST_RUNS:
+            del _runs[next(iter(_runs))]
+        # Dynamo counts compilations by code object, and should count those of other functions apart.
+        own = types.FunctionType(formula.__code__.replace(), globals(), "attention", None)
+        _runs[code] = torch.compile(own, backend=_fused, fullgraph=True)
+    return _runs[code]
+
+
+@torch.no_grad()
+def _try(score_mod: ScoreMod | None, mask_mod: MaskMod | None, like: Tensor) -> None:
+    """Run both functions on one element, so that their own mistakes are raised as such."""
+    score = torch.zeros(1, 1, 1, 1, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    indices = [torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=like.device) for _ in range(4)]
+    if score_mod is not None:
+        _check_element("score_mod", score_mod(score, *indices), {torch.float32, torch.float64, like.dtype})
+    if mask_mod is not None:
+        _check_element("mask_mod", mask_mod(*indices), {torch.bool})
+
+
+def _check_element(name: str, made: object, dtypes: set[torch.dtype]) -> None:
+    if not isinstance(made, Tensor) or made.dtype not in dtypes:
+        expected = " or ".join(sorted(map(str, dtypes)))
+        got = made.dtype if isinstance(made, Tensor) else type(made).__name__
+        raise ValueError(f"{name}: expected a tensor of {expected}, got {got}")
+    if made.numel() != 1:
+        raise ValueError(
+            f"{name}: expected one element for one element of b, h, q and kv, got {list(made.shape)}; "
+            "read tensors at these indices, as in bias[h, q, kv]"
+        )
+
+
+def _fused(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    rewritten, report = pipeline.run(gm, Options())
+    if report.num_fused != 1:
+        raise NotFusible(_why(report.sites))
+    return rewritten
+
+
+def _why(sites: Sequence[SiteReport]) -> str:
+    reasons = [reason for site in sites for reason in site.reasons]
+    if not reasons:
+        return "not fusible: score_mod does not return an elementwise function of the score it is given"
+    reason = reasons[0]
+    return ". ".join(x for x in (f"not fusible: {reason.message}", reason.where, reason.hint) if x)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> None:
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.ndim != 4 or not t.is_floating_point():
+            expected = "[batch, heads, length, head_dim] of a floating-point dtype"
+            raise ValueError(f"{name}: expected {expected}, got {list(t.shape)} {t.dtype}")
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or len({query.device, key.device, value.device}) > 1:
+        given = ", ".join(f"{t.dtype} on {t.device}" for t in (query, key, value))
+        raise ValueError(f"query, key and value: expected one dtype and device, got {given}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"key: expected head_dim {query.shape[-1]} as query has, got {key.shape[-1]}")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"value: expected {list(key.shape[:3])} as key has, got {list(value.shape[:3])}")
+    if query.shape[0] != key.shape[0] or not key.shape[1] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"key: expected batch {query.shape[0]} and a number of heads that divides {query.shape[1]}, "
+            f"got {list(key.shape[:2])}"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 ≤ p < 1, got {dropout_p}")
