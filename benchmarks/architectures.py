@@ -185,16 +185,16 @@ def run_all(jobs: Sequence[tuple[str, str]], out: Path, workers: int, seconds: i
     """Examine each of ``jobs`` that has no result in ``out`` yet."""
     pending = [job for job in jobs if not _file(out, *job).is_file()][::-1]
     total, done = len(pending), 0
-    # By kind and attention: what has no SDPA may well have eager attention.
     unbuilt: dict[tuple[str, str], dict[str, Any]] = {}
     running: dict[int, tuple[str, str, int, list[bytes]]] = {}
     again: set[tuple[str, str]] = set()
     while pending or running:
         while pending and len(running) < workers:
             kind, mode = pending.pop()
-            if (kind, mode.partition("-")[0]) in unbuilt:
+            known = unbuilt.get(_built_as(kind, mode))
+            if known is not None:
                 done += 1
-                _write(out, kind, mode, unbuilt[kind, mode.partition("-")[0]])
+                _write(out, kind, mode, known)
                 continue
             read, write = os.pipe()
             pid = os.fork()
@@ -222,9 +222,14 @@ def run_all(jobs: Sequence[tuple[str, str]], out: Path, workers: int, seconds: i
                 continue
             _write(out, kind, mode, result)
             if result.get("error", "").startswith(NOT_BUILT):
-                unbuilt[kind, mode.partition("-")[0]] = result
+                unbuilt[_built_as(kind, mode)] = result
             done += 1
             print(f"[{done}/{total}] {kind} {mode}: {_in_a_line(result)}", flush=True)
+
+
+def _built_as(kind: str, mode: str) -> tuple[str, str]:
+    """Kind and attention: what has no SDPA may well have eager attention."""
+    return kind, mode.partition("-")[0]
 
 
 def _write(out: Path, kind: str, mode: str, result: dict[str, Any]) -> None:
