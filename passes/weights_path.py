@@ -282,9 +282,11 @@ def _dropout(path: Path, node: fx.Node, op: Op, index: Index, lift: Lift) -> Non
     if any(not same(n, 1) for name, n in lift.bounds.items() if name in {"b", "h", "q", "kv"} - names):
         raise Refused(Reason("dropout", "several weights share one draw of the dropout"))
     sizes = [n for e, n in zip(index, shape(op.input), strict=True) if E.contains(e, KV)]
-    if not all(same(n, lift.bounds["kv"]) for n in sizes):
-        message = "dropout draws for the sink's column too, before it is cut off"
-        hint = "cut the column off before the dropout"
+    others = [n for n in sizes if not same(n, lift.bounds["kv"])]
+    if others:
+        what = "the sink's column" if same(others[0], lift.bounds["kv"] + 1) else "weights of other products"
+        message = f"dropout draws for {what} too, before the cut"
+        hint = "cut the weights before the dropout"
         raise Refused(Reason("dropout", message, nodes.source(node), hint))
     path.dropout_p, path.dropout = float(p), node
     path.dropped = Weights(node if op.name == "dropout" else path.chain[-2], index, True)
