@@ -36,7 +36,7 @@ def main() -> None:
     layer = Attention(heads=4)
     out = layer(q, k, v, document)
     out.square().mean().backward()
-    print(f"out {list(out.shape)}; gradient of the slopes {layer.slopes.grad}")
+    print(f"fused: out {list(out.shape)}; gradient of the slopes {layer.slopes.grad}")
 
     # Each document by itself gives the same.
     start = 0

@@ -143,13 +143,19 @@ def _each_graph(
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    # Dynamo counts compilations by code object: a fresh one leaves the model's own compiled code alone,
-    # and the limit must not end the search silently.
-    fresh = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
+    # The model's own compiled code is left alone, and the limit must not end the search silently.
+    fresh = counted_apart(call)
     # Sizes that changed since an earlier call must not become symbolic: sites of known size are checked.
     settings = {"recompile_limit": 1 << 20, "automatic_dynamic_shapes": False}
     with undisturbed(model, args, kwargs), torch._dynamo.config.patch(settings):
         torch.compile(fresh, backend=collect)(*args, **kwargs)
+
+
+def counted_apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of ``function`` whose compilations Dynamo, which counts by code object, counts by themselves."""
+    assert isinstance(function, types.FunctionType)
+    code, name = function.__code__.replace(), function.__name__
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
 def _merged_checks(reports: Sequence[Report], checks: Sequence[ModelCheck], peak: int) -> ModelCheck:

