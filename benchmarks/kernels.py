@@ -1,22 +1,19 @@
-"""Attention kernels side by side: ours, FlashAttention-2 and cuDNN through SDPA, FlexAttention.
+"""Attention kernels side by side on a GPU: ours, FlashAttention-2 and cuDNN through SDPA, FlexAttention.
 
-    python benchmarks/kernels.py [--no-flex] [--quick] [--json FILE]
+    python benchmarks/kernels.py [--no-flex] [--only SECTION ...] [--out FILE]
 
-Batch × length is 16k tokens, heads × head_dim 2048, bfloat16.  TFLOP/s counts 4·B·H·N²·D operations
-forward (half of them under a causal mask) and 2.5 times as many backward.  Rounds are interleaved and
-the median is shown.  The last row is a decoding step, one query against a long cache with grouped
-heads: GB/s of k and v, and their share of what the memory gives.  A row whose results are not equal to
-float64 within twice the error of eager attention gets no figure.
+Everything in one run, bfloat16, rounds interleaved, medians.  TFLOP/s counts 4·B·H·N²·D operations of what
+the mask leaves (half of them under a causal mask) forward, and 2.5 times as many backward.  A row whose
+results are not equal to float64 within twice the error of eager attention gets no figure.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,192 +21,160 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_ways import ROUNDS, Measured, Problem, Way, elapsed_ms, measure, warm_flex
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashfuse.kernels import block_map, ops
+from flashfuse.kernels import block_map
 from flashfuse.kernels.reference import attention_reference
 from flashfuse.kernels.spec import ScoreProgram
 
 TOKENS, WIDTH = 16384, 2048
-ROUNDS = 3
-Shape = tuple[int, int, int, int]
-
+LONG = (1, 16, 16384, 128)
+"""The shape of the sparse rows."""
+PROGRAMS = (4, 32, 4096, 64)
+"""The shape of the rows with programs."""
 DECODE = (8, 32, 8, 32768, 128)
 """B, H, H_kv, Skv, D."""
 COPY_GB_S = 3020
 """What a copy reaches on an H100 80GB HBM3."""
 
-DENSE = [(d, causal, n) for d in (64, 128) for n in (1024, 4096, 16384) for causal in (False, True)]
-SPARSE = [("causal", 1 << 30), ("window 4096", 4096), ("window 1024", 1024), ("window 256", 256)]
+# --- the problems --------------------------------------------------------------------------------
 
 
-def shape_of(head_dim: int, length: int) -> Shape:
-    return TOKENS // length, WIDTH // head_dim, length, head_dim
+def _dense(head_dim: int, causal: bool, length: int) -> Problem:
+    shape = (TOKENS // length, WIDTH // head_dim, length, head_dim)
+    text = f"s*{head_dim**-0.5}" + (" where kv <= q" if causal else "")
+    name = f"d{head_dim} {'causal' if causal else 'full'} {length}"
+    return Problem(name, shape, text, causal=causal, flex=lambda _: (None, _causal if causal else None))
 
 
-def tensors(shape: Shape) -> list[Tensor]:
-    """q, k, v and the gradient of out, laid out as models have them: [B, S, H, D] in memory."""
-    b, h, n, d = shape
-    return [torch.randn(b, n, h, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)]
+def _causal(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return kv <= q
 
 
-def program_of(shape: Shape, causal: bool, window: int = 1 << 30) -> ScoreProgram:
-    text = f"s*{shape[3] ** -0.5}"
-    if causal:
-        text += " where kv <= q" + (f" and kv > q - {window}" if window < 1 << 30 else "")
-    return ScoreProgram.parse(text)
+def _window(width: int) -> Problem:
+    def flex(_: Sequence[Tensor]) -> tuple[Any, Any]:
+        return None, lambda b, h, q, kv: (kv <= q) & (kv > q - width)
+
+    text = f"s*{LONG[3] ** -0.5} where kv <= q and kv > q - {width}"
+    return Problem(f"window {width}", LONG, text, flex=flex)
 
 
-@functools.cache
-def _seed() -> Tensor:
-    return torch.zeros(1, dtype=torch.int64, device="cuda")
+def _random(density: float, name: str = "") -> Problem:
+    """Blocks of 128 at random, the diagonal always."""
+
+    def keep(length: int) -> list[Tensor]:
+        blocks = block_map.block_count(length)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.rand(blocks, blocks, generator=generator).fill_diagonal_(-1.0).argsort(-1)
+        kept = torch.zeros(blocks, blocks, dtype=torch.bool)
+        kept.scatter_(1, order[:, : max(1, round(density * blocks))], True)
+        return [kept.cuda()]
+
+    def flex(captures: Sequence[Tensor]) -> tuple[Any, Any]:
+        kept = captures[0]
+        return None, lambda b, h, q, kv: kept[q // 128, kv // 128]
+
+    text = f"s*{LONG[3] ** -0.5} where keep[q // 128, kv // 128]"
+    return Problem(name or f"random 128-blocks, {density:.3f}", LONG, text, keep, flex=flex)
 
 
-def ours(
-    q: Tensor, k: Tensor, v: Tensor, program: ScoreProgram, maps: list[Tensor], p: float = 0.0
-) -> Tensor:
-    seed = _seed() if p else None
-    out: Tensor = torch.ops.flashfuse.attention(q, k, v, [], [], maps, seed, program.text, p, "triton")[0]
-    return out
+def _documents(shape: tuple[int, int, int, int]) -> Problem:
+    """Packed sequences of 128 to 4096 tokens, causal within each."""
+
+    def ids(length: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        ends = torch.randint(128, 4096, (length // 128,), generator=generator).cumsum(0)
+        return [torch.bucketize(torch.arange(length), ends, right=True)[None].to(torch.int32).cuda()]
+
+    def flex(captures: Sequence[Tensor]) -> tuple[Any, Any]:
+        doc = captures[0]
+        return None, lambda b, h, q, kv: (doc[b, q] == doc[b, kv]) & (kv <= q)
+
+    text = f"s*{shape[3] ** -0.5} where kv <= q and doc[b, q] == doc[b, kv]"
+    return Problem(f"packed d{shape[3]}", shape, text, ids, flex=flex, varlen=True)
 
 
-def sdpa(backend: SDPBackend, causal: bool, p: float = 0.0) -> Callable[..., Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=p)
-
-    return run
-
-
-def flex(shape: Shape, causal: bool, window: int = 1 << 30) -> Callable[..., Tensor]:
-    import torch._dynamo
-    import torch._functorch.config
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch._functorch.config.donated_buffer = False  # its backward is timed more than once
-    torch._dynamo.reset()  # else it stops compiling after eight shapes, and runs unfused
-
-    def mask(b: Any, h: Any, q: Any, kv: Any) -> Any:
-        return (kv <= q) & (kv > q - window) if window < 1 << 30 else kv <= q
-
-    blocks = create_block_mask(mask, None, None, shape[2], shape[2], device="cuda") if causal else None
-    return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=blocks)
-
-
-def equal(run: Callable[..., Tensor], inputs: list[Tensor], program: ScoreProgram) -> bool:
-    """The rule of the tests on one batch entry and head, forward and backward."""
-    small = [t[:1, :1, :1024].contiguous() for t in inputs]
-    *leaves, do = small
-
-    def results(f: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        given = [t.to(dtype).requires_grad_() for t in leaves]
-        out = f(*given)
-        return [out.detach(), *torch.autograd.grad(out, given, do.to(dtype))]
-
-    def eager(*qkv: Tensor) -> Tensor:
-        return attention_reference(*qkv, (), (), program)[0]
-
-    exact, original, mine = (
-        results(eager, torch.float64),
-        results(eager, torch.bfloat16),
-        results(run, torch.bfloat16),
+def _program(
+    name: str,
+    score: str,
+    tail: str = "",
+    capture: Callable[[int], Tensor] | None = None,
+    has_grad: bool = False,
+    dropout_p: float = 0.0,
+    score_mod: Callable[[Sequence[Tensor]], Any] | None = None,
+) -> Problem:
+    """A program under a causal mask."""
+    return Problem(
+        name,
+        PROGRAMS,
+        f"{score} where kv <= q{tail}",
+        captures=lambda length: [capture(length)] if capture else [],
+        grads=(0,) if has_grad else (),
+        dropout_p=dropout_p,
+        causal=True if name in ("plain", "dropout 0.1") else None,
+        flex=None if score_mod is None else lambda captures: (score_mod(captures), _causal),
     )
-    eps = torch.finfo(torch.bfloat16).eps
-    for e, o, m in zip(exact, original, mine, strict=True):
-        if not (m - e).abs().max() <= 2 * (o - e).abs().max() + eps * e.abs().max():
-            return False
-    return True
 
 
-def elapsed_ms(f: Callable[[], object]) -> float:
-    """Median over a few runs, after a warm-up."""
-    f()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(7)]
-    torch.cuda.synchronize()
-    # The device waits while the host runs ahead, so that short kernels are not timed by their launches.
-    torch.cuda._sleep(30_000_000)
-    for start, stop in events:
-        start.record()
-        f()
-        stop.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in events)
+def _programs() -> list[Problem]:
+    scaled = f"s*{PROGRAMS[3] ** -0.5}"
+    heads = PROGRAMS[1]
+
+    def slopes(_: int) -> Tensor:
+        return torch.exp2(-8 * torch.arange(1, heads + 1, device="cuda") / heads)
+
+    def table(length: int) -> Tensor:
+        return torch.randn(heads, 2 * length - 1, device="cuda")
+
+    def logits(_: int) -> Tensor:
+        return torch.randn(heads, device="cuda")
+
+    def softcap(_: Sequence[Tensor]) -> Any:
+        return lambda s, b, h, q, kv: torch.tanh(s / 20.0) * 20.0
+
+    def alibi(captures: Sequence[Tensor]) -> Any:
+        return lambda s, b, h, q, kv: s + captures[0][h] * (kv - q)
+
+    def relative(captures: Sequence[Tensor]) -> Any:
+        return lambda s, b, h, q, kv: s + captures[0][h, kv - q + PROGRAMS[2] - 1]
+
+    tabled = f"{scaled} + table[h, kv - q + Sq - 1]"
+    return [
+        _program("plain", scaled, score_mod=lambda _: None),
+        _program("softcap", f"tanh({scaled}*0.05)*20.0", score_mod=softcap),
+        _program("sinks", scaled, " sink sinks[h]", logits, True),
+        _program("ALiBi", f"{scaled} + slope[h]*(kv - q)", "", slopes, score_mod=alibi),
+        _program("T5 table", tabled, "", table, True, score_mod=relative),
+        _program("dropout 0.1", scaled, dropout_p=0.1),
+        _program("T5 table, dropout 0.1", tabled, "", table, True, 0.1),
+    ]
 
 
-def interleaved(
-    ways: dict[str, Callable[..., Tensor]], inputs: list[Tensor]
-) -> dict[str, tuple[float, float]]:
-    """Name → (forward, backward) in ms."""
-    *leaves, do = inputs
-    with_grad = [t.detach().requires_grad_() for t in leaves]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, run in ways.items():
-            try:
-                forward = elapsed_ms(functools.partial(run, *leaves))
-                out = run(*with_grad)
-                backward = elapsed_ms(
-                    functools.partial(torch.autograd.grad, out, with_grad, do, retain_graph=True)
-                )
-                times[name].append((forward, backward))
-            except Exception as error:
-                print(
-                    f"# {name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", file=sys.stderr
-                )
-    return {
-        name: (statistics.median(t[0] for t in rows), statistics.median(t[1] for t in rows))
-        for name, rows in times.items()
-        if rows
-    }
+SECTIONS: dict[str, list[Problem]] = {
+    "dense": [_dense(d, c, n) for d in (64, 128) for n in (1024, 4096, 16384) for c in (False, True)],
+    "sparse": [
+        Problem(
+            "causal", LONG, f"s*{LONG[3] ** -0.5} where kv <= q", causal=True, flex=lambda _: (None, _causal)
+        ),
+        *(_window(w) for w in (4096, 1024, 256)),
+        *(_random(d) for d in (0.251, 0.057)),
+    ],
+    "density": [_random(d, f"density {d}") for d in (1.0, 0.6, 0.3, 0.15, 0.05)],
+    "programs": _programs(),
+    "packed": [_documents((1, WIDTH // d, TOKENS, d)) for d in (64, 128)],
+    "training": [
+        Problem("gpt2 dropout 0.1", (16, 12, 1024, 64), "s*0.125 where kv <= q", dropout_p=0.1, causal=True)
+    ],
+}
 
 
-def warm_flex(job: tuple[int, bool, int]) -> None:
-    """Fill the compiler's disk cache, so that compilations run side by side."""
-    head_dim, causal, length = job
-    shape = shape_of(head_dim, length)
-    *leaves, do = tensors(shape)
-    run = flex(shape, causal)
-    leaves = [t.requires_grad_() for t in leaves]
-    torch.autograd.grad(run(*leaves), leaves, do)
+# --- decoding ------------------------------------------------------------------------------------
 
 
-def measure(
-    name: str, shape: Shape, causal: bool, window: int, with_flex: bool, p: float = 0.0
-) -> dict[str, Any]:
-    program = program_of(shape, causal, window)
-    b, h, n, d = shape
-    inputs = tensors(shape)
-
-    def build(size: int) -> list[Tensor]:
-        if not causal:
-            return []
-        sizes = (b, h, size, size)
-        return list(block_map.build((), (), torch.device("cuda"), sizes, program.mask_program))
-
-    check = functools.partial(ours, program=program, maps=build(min(n, 1024)))
-    is_equal = equal(check, inputs, program)
-    ways: dict[str, Callable[..., Tensor]] = {}
-    if is_equal:
-        ways["ours"] = functools.partial(ours, program=program, maps=build(n), p=p)
-    if window == 1 << 30:
-        ways["flash"] = sdpa(SDPBackend.FLASH_ATTENTION, causal, p)
-        ways["cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION, causal, p)
-    if with_flex and not p:
-        ways["flex"] = flex(shape, causal, window)
-    flops = 4 * b * h * n * n * d
-    if causal:
-        flops = flops / n / n * sum(min(i + 1, window) for i in range(n)) if window < n else flops / 2
-    times = interleaved(ways, inputs)
-    row: dict[str, Any] = {"name": name, "shape": shape, "equal": is_equal, "ms": times}
-    row["tflops"] = {k: (flops / f / 1e9, 2.5 * flops / g / 1e9) for k, (f, g) in times.items()}
-    if causal:
-        row["map_ms"] = elapsed_ms(lambda: build(n))
-    return row
-
-
-def measure_decode() -> dict[str, Any]:
-    """One query against a cache: forward alone, in ms and GB/s."""
+def measure_decode() -> dict[str, float]:
+    """Way → ms of one query against a cache, forward alone."""
     b, h, kv_heads, length, d = DECODE
     q, k, v = (
         torch.randn(b, n, heads, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
@@ -218,103 +183,222 @@ def measure_decode() -> dict[str, Any]:
     program = ScoreProgram.parse(f"s*{d**-0.5}")
     padded = ScoreProgram.parse(f"s*{d**-0.5} where kv <= last[q] and pad[b, kv] else uniform")
     captures = [torch.tensor([length - 1], device="cuda"), torch.ones(b, length, device="cuda").bool()]
-    sizes = (b, h, 1, length)
-    maps = list(block_map.build(captures, (), q.device, sizes, padded.mask_program))
+    maps = list(block_map.build(captures, (), q.device, (b, h, 1, length), padded.mask_program))
 
-    def backend(which: SDPBackend) -> Callable[..., Tensor]:
+    def backend(which: SDPBackend) -> Way:
         def run(*qkv: Tensor) -> Tensor:
             with sdpa_kernel(which):
                 return F.scaled_dot_product_attention(*qkv, enable_gqa=True)
 
         return run
 
-    def masked(*qkv: Tensor) -> Tensor:
-        out: Tensor = torch.ops.flashfuse.attention(
-            *qkv, captures, [], maps, None, padded.text, 0.0, "triton"
-        )[0]
-        return out
+    def own(program: ScoreProgram, captures: Sequence[Tensor], maps: Sequence[Tensor]) -> Way:
+        def run(*qkv: Tensor) -> Tensor:
+            out: Tensor = torch.ops.flashfuse.attention(
+                *qkv, list(captures), [], list(maps), None, program.text, 0.0, "triton"
+            )[0]
+            return out
 
-    ways: dict[str, Callable[..., Tensor]] = {
-        "ours": functools.partial(ours, program=program, maps=[]),
-        "ours, mask": masked,
-        "flash": backend(SDPBackend.FLASH_ATTENTION),
-        "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
+        return run
+
+    ways: dict[str, Way] = {
+        "ours, no mask": own(program, [], []),
+        "ours, keys masked by padding": own(padded, captures, maps),
+        "FlashAttention-2 (SDPA)": backend(SDPBackend.FLASH_ATTENTION),
+        "cuDNN (SDPA)": backend(SDPBackend.CUDNN_ATTENTION),
     }
     exact, eager = (
         attention_reference(q[:1].to(t), k[:1].to(t), v[:1].to(t), (), (), program)[0]
         for t in (torch.float64, torch.bfloat16)
     )
     bound = 2 * (eager - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
-    is_equal = all(bool((ways[w](q, k, v)[:1] - exact).abs().max() <= bound) for w in ("ours", "ours, mask"))
-    if not is_equal:
-        del ways["ours"], ways["ours, mask"]
+    for name in [name for name in ways if name.startswith("ours")]:
+        if not bool((ways[name](q, k, v)[:1] - exact).abs().max() <= bound):
+            print(f"# {name}: not equal", file=sys.stderr)
+            del ways[name]
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, run in ways.items():
-            try:
-                times[name].append(elapsed_ms(functools.partial(run, q, k, v)))
-            except Exception as error:
-                print(
-                    f"# {name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", file=sys.stderr
-                )
-    ms = {name: statistics.median(t) for name, t in times.items() if t}
-    size = (k.numel() + v.numel()) * k.element_size()
-    rates = {name: size / t / 1e6 for name, t in ms.items()}
-    return {"name": "decode 32k", "shape": DECODE, "equal": is_equal, "ms": ms, "gb_s": rates}
+            times[name].append(elapsed_ms(functools.partial(run, q, k, v)))
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
-def show_decode(row: dict[str, Any]) -> None:
-    cells = [
-        f"{way} {ms:.3f} ms {row['gb_s'][way]:.0f} GB/s {row['gb_s'][way] / COPY_GB_S:.0%}"
-        for way, ms in row["ms"].items()
-    ]
-    print(f"{row['name']:18s} " + "  ".join(cells) + ("" if row["equal"] else "  NOT EQUAL"), flush=True)
+# --- the tables ----------------------------------------------------------------------------------
+
+WAYS = {
+    "flex": "FlexAttention",
+    "flash": "FlashAttention-2",
+    "cudnn": "cuDNN",
+    "varlen": "FlashAttention-2 packed",
+}
 
 
-def show(row: dict[str, Any]) -> None:
-    cells = []
-    for way, (forward, backward) in row["ms"].items():
-        rate = row["tflops"][way]
-        cells.append(f"{way} {forward:.3f}/{backward:.3f} ms {rate[0]:.0f}/{rate[1]:.0f}")
-    extra = f"  map {row['map_ms']:.3f} ms" if "map_ms" in row else ""
-    print(
-        f"{row['name']:18s} " + "  ".join(cells) + extra + ("" if row["equal"] else "  NOT EQUAL"), flush=True
+def _pair(pair: tuple[float, float] | None, digits: int) -> str:
+    return "–" if pair is None else f"{pair[0]:.{digits}f}/{pair[1]:.{digits}f}"
+
+
+def _rates(row: Measured, way: str) -> tuple[float, float] | None:
+    """TFLOP/s forward and backward."""
+    if way not in row.ms:
+        return None
+    b, h, n, d = row.problem.shape
+    flops = 4 * b * h * n * n * d / (2 if row.problem.causal else 1)
+    forward, backward = row.ms[way]
+    return flops / forward / 1e9, 2.5 * flops / backward / 1e9
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _times(
+    rows: Sequence[Measured], extra: Callable[[Measured], Sequence[str]], head: Sequence[str]
+) -> list[str]:
+    """ms forward/backward of every way that ran, the map, and peak memory of ours and of the others."""
+    others = [way for way in WAYS if any(way in row.ms for row in rows)]
+    return _table(
+        ["row", *head, "ours", "block map", "ours, peak MB", *(WAYS[w] for w in others)],
+        [
+            [
+                row.problem.name if row.equal else f"{row.problem.name} (NOT EQUAL)",
+                *extra(row),
+                _pair(row.ms.get("ours"), 3),
+                f"{row.map_ms:.3f}" if row.map_ms else "–",
+                f"{row.peak['ours'] / 1e6:.0f}" if "ours" in row.peak else "–",
+                *(
+                    f"{_pair(row.ms.get(w), 3)} ({row.peak[w] / 1e6:.0f} MB)" if w in row.ms else "–"
+                    for w in others
+                ),
+            ]
+            for row in rows
+        ],
     )
+
+
+def _against_ideal(base: tuple[float, float] | None) -> Callable[[Measured], Sequence[str]]:
+    """Density, and our time over density × the time of cuDNN without a mask."""
+
+    def cells(row: Measured) -> Sequence[str]:
+        if base is None or "ours" not in row.ms:
+            return f"{row.density:.3f}", "–"
+        ratio = tuple(t / (row.density * b) for t, b in zip(row.ms["ours"], base, strict=True))
+        return f"{row.density:.3f}", f"{ratio[0]:.2f}/{ratio[1]:.2f}"
+
+    return cells
+
+
+def _against_plain(rows: Sequence[Measured]) -> Callable[[Measured], Sequence[str]]:
+    """Forward and backward together, as a share of the speed of the first row."""
+
+    def cells(row: Measured) -> Sequence[str]:
+        if "ours" not in row.ms or "ours" not in rows[0].ms:
+            return ("–",)
+        return (f"{sum(rows[0].ms['ours']) / sum(row.ms['ours']):.0%}",)
+
+    return cells
+
+
+def tables(found: dict[str, list[Measured]], dense: Measured | None, decode: dict[str, float]) -> list[str]:
+    """The markdown of a run."""
+    base = None if dense is None else dense.ms.get("cudnn")
+    lines: list[str] = []
+    for section, rows in found.items():
+        shape = "B {} H {} N {} D {}".format(*rows[0].problem.shape)
+        if section == "dense":
+            others = [way for way in ("flex", "flash", "cudnn") if any(way in row.ms for row in rows)]
+            lines += [
+                "## Dense, TFLOP/s forward/backward",
+                "",
+                f"Batch × length {TOKENS}, heads × D {WIDTH}.",
+                "",
+            ]
+            body = [
+                [
+                    row.problem.name if row.equal else f"{row.problem.name} (NOT EQUAL)",
+                    _pair(_rates(row, "ours"), 0),
+                    *(_pair(_rates(row, way), 0) for way in others),
+                ]
+                for row in rows
+            ]
+            lines += _table(["row", "ours", *(WAYS[w] for w in others)], body)
+        elif section in ("sparse", "density"):
+            lines += [f"## {section.title()}, ms forward/backward", ""]
+            lines += [
+                f"{shape}. × ideal: over density × cuDNN without a mask in this run ({_pair(base, 2)} ms).",
+                "",
+            ]
+            lines += _times(rows, _against_ideal(base), ["density", "× ideal"])
+        elif section == "programs":
+            lines += ["## Programs, ms forward/backward", "", f"{shape}, causal.", ""]
+            lines += _times(rows, _against_plain(rows), ["of plain speed"])
+        else:
+            lines += [f"## {section.title()}, ms forward/backward", "", f"{shape}.", ""]
+            lines += _times(rows, lambda row: (f"{row.density:.3f}",), ["density"])
+        lines.append("")
+    if decode:
+        b, h, kv_heads, length, d = DECODE
+        size = 2 * b * kv_heads * length * d * 2
+        lines += [
+            "## Decoding",
+            "",
+            f"One query of {h} heads over {kv_heads} key heads, B {b}, D {d}, {length} keys: the time, how",
+            f"fast k and v are read in it, and the share of what a copy reaches ({COPY_GB_S} GB/s).",
+            "",
+        ]
+        body = [
+            [w, f"{t:.3f}", f"{size / t / 1e6:.0f}", f"{size / t / 1e6 / COPY_GB_S:.0%}"]
+            for w, t in decode.items()
+        ]
+        lines += [*_table(["way", "ms", "GB/s", "of a copy"], body), ""]
+    return lines
+
+
+def _warm(at: tuple[str, int]) -> None:
+    warm_flex(SECTIONS[at[0]][at[1]])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    known = [*SECTIONS, "decode"]
     parser.add_argument("--no-flex", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="lengths 1024 and 16384 only, no sparse rows")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="SECTION")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.md")
     options = parser.parse_args()
     torch.manual_seed(0)
-    properties = torch.cuda.get_device_properties(0)
     import triton
 
-    machine = f"{properties.name}, torch {torch.__version__}, triton {triton.__version__}, block {ops.BLOCK}"
-    print(f"# {machine}; forward/backward ms and TFLOP/s")
-    dense = [job for job in DENSE if not options.quick or job[2] != 4096]
+    name = torch.cuda.get_device_properties(0).name
+    machine = f"{name}, torch {torch.__version__}, triton {triton.__version__}"
+    chosen = {name: rows for name, rows in SECTIONS.items() if name in options.only}
     if not options.no_flex:
+        jobs = [(s, i) for s, rows in chosen.items() for i, p in enumerate(rows) if p.flex is not None]
         with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-            list(pool.map(warm_flex, dense))
-    rows = []
-    for head_dim, causal, length in dense:
-        name = f"d{head_dim} {'causal' if causal else 'full'} {length}"
-        rows.append(measure(name, shape_of(head_dim, length), causal, 1 << 30, not options.no_flex))
-        show(rows[-1])
-    rows.append(measure("gpt2 dropout", (16, 12, 1024, 64), True, 1 << 30, False, p=0.1))
-    show(rows[-1])
-    if not options.quick:
-        for name, window in SPARSE:
-            rows.append(measure(name, (1, 16, 16384, 128), True, window, False))
-            show(rows[-1])
-    rows.append(measure_decode())
-    show_decode(rows[-1])
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+            list(pool.map(_warm, jobs))
+    # What sparse rows are compared with.
+    dense = None
+    if {"sparse", "density"} & chosen.keys():
+        dense = measure(Problem("dense", LONG, f"s*{LONG[3] ** -0.5}", causal=False), False)
+    found: dict[str, list[Measured]] = {}
+    for section, problems in chosen.items():
+        found[section] = []
+        for problem in problems:
+            row = measure(problem, not options.no_flex)
+            found[section].append(row)
+            cells = "  ".join(f"{way} {_pair(ms, 3)}" for way, ms in row.ms.items())
+            print(
+                f"{section:9s} {problem.name:26s} {cells}" + ("" if row.equal else "  NOT EQUAL"),
+                file=sys.stderr,
+                flush=True,
+            )
+    decode = measure_decode() if "decode" in options.only else {}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    head = ["# Attention kernels on a GPU", "", "`python benchmarks/kernels.py`, bfloat16, medians of"]
+    head[-1] += f" {ROUNDS} interleaved rounds, all in one run;\nevery row checked against float64 first."
+    text = "\n".join([*head, "", *tables(found, dense, decode), machine])
+    options.out.write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":
