@@ -54,8 +54,8 @@ def verify(
     and gradients of the model stay as they are.
 
     Args:
-        options: ``verify`` (default ``proof``; ``full`` adds numbers for each site) and ``repro``, as
-            for the backend.
+        options: ``verify`` (default ``proof``; ``full`` adds numbers for each site), ``repro`` and
+            ``kernels``, as for the backend.
         on_step: is told what is being done.
     """
     chosen = Options.read({"verify": "proof", **(options or {})})
@@ -96,7 +96,7 @@ def rewrite(
         gm: not changed.
         example_args: inputs of ``gm``, needed where its nodes do not know their shapes
             (``symbolic_trace``).
-        options: ``verify`` and ``repro`` as for the backend.
+        options: ``verify``, ``repro`` and ``kernels`` as for the backend.
 
     Raises:
         TypeError: ``gm`` is no ``fx.GraphModule``.

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from flashfuse.kernels.dispatch import Kernels
+
 Verify = Literal["proof", "full", "off"]
 
 
@@ -22,6 +24,9 @@ class Options:
             and numbers on the real kernels only where there is none; ``full``: both; ``off``: nothing.
             A site that does not pass is left as it was.
         repro: a folder that gets a runnable file for each site that differs from the original.
+        kernels: what runs a site on cuda.  ``auto``: our own kernels, and PyTorch's (cuDNN) for plain dense
+            sites where those were measured to be faster; ``triton``: our own only; ``native``: PyTorch's
+            wherever they can, our own for all other sites.
         mode: Inductor's ``mode``.
         inductor: options passed on to Inductor.
     """
@@ -29,6 +34,7 @@ class Options:
     inner: Any = "inductor"
     verify: Verify = "proof"
     repro: Path | None = None
+    kernels: Kernels = "auto"
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -43,8 +49,11 @@ class Options:
         inner = rest.pop("inner", "inductor")
         verify = rest.pop("verify", Options.verify)
         repro = rest.pop("repro", None)
+        kernels = rest.pop("kernels", Options.kernels)
         if verify not in get_args(Verify):
             raise ValueError(f"expected verify to be one of {', '.join(get_args(Verify))}, got {verify!r}")
+        if kernels not in get_args(Kernels):
+            raise ValueError(f"expected kernels to be one of {', '.join(get_args(Kernels))}, got {kernels!r}")
         if repro is not None and not isinstance(repro, (str, os.PathLike)):
             raise ValueError(f"expected repro to be the path of a folder, got {repro!r}")
         if isinstance(inner, str):
@@ -56,15 +65,16 @@ class Options:
         elif not callable(inner):
             raise ValueError(f"expected inner to be the name of a backend or a callable, got {inner!r}")
         if rest and inner != "inductor":
-            raise ValueError(f"unknown option {next(iter(rest))!r}; expected inner, verify or repro")
+            raise ValueError(f"unknown option {next(iter(rest))!r}; expected inner, verify, kernels or repro")
         if rest:
             from torch._inductor import config
 
             unknown = [name for name in rest if name.replace("-", "_") not in config.shallow_copy_dict()]
             if unknown:
                 raise ValueError(
-                    f"unknown option {unknown[0]!r}; expected inner, verify, repro, or an option of Inductor"
+                    f"unknown option {unknown[0]!r}; "
+                    "expected inner, verify, kernels, repro, or an option of Inductor"
                 )
         if mode is not None and inner != "inductor":
             raise ValueError(f"mode={mode!r} is Inductor's; the inner compiler is {inner!r}")
-        return Options(inner, verify, None if repro is None else Path(repro), mode, rest)
+        return Options(inner, verify, None if repro is None else Path(repro), kernels, mode, rest)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import fx
 
 from flashfuse.checker import SiteChecker
+from flashfuse.kernels.dispatch import Kernels
 from flashfuse.kernels.spec import Reason
 from flashfuse.options import Options
 from flashfuse.passes import nodes
@@ -37,7 +38,7 @@ def run(
     checker = None
     if options.verify != "off":
         checker = SiteChecker(options.verify, options.repro, on_step)
-    new, sites = _run(gm, checker)
+    new, sites = _run(gm, checker, options.kernels)
     proof_ms, numbers_ms = (checker.proof_ms, checker.numbers_ms) if checker is not None else (0.0, 0.0)
     report = Report(
         sites=sites,
@@ -51,13 +52,15 @@ def run(
     return new, report
 
 
-def _run(gm: fx.GraphModule, checker: SiteChecker | None) -> tuple[fx.GraphModule, tuple[SiteReport, ...]]:
-    new, plans, checks = _rewritten(gm, checker)
+def _run(
+    gm: fx.GraphModule, checker: SiteChecker | None, kernels: Kernels
+) -> tuple[fx.GraphModule, tuple[SiteReport, ...]]:
+    new, plans, checks = _rewritten(gm, checker, kernels)
     sites = [site_report(p, checks.get(p.region.name if isinstance(p, Fuse) else p.site.name)) for p in plans]
     changed = any(isinstance(p, Fuse) for p in plans)
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule):
-            new_child, inner = _run_body(new, name, checker)
+            new_child, inner = _run_body(new, name, checker, kernels)
             sites += inner
             if new_child is not child:
                 setattr(new, name, new_child)
@@ -66,7 +69,7 @@ def _run(gm: fx.GraphModule, checker: SiteChecker | None) -> tuple[fx.GraphModul
 
 
 def _run_body(
-    caller: fx.GraphModule, name: str, checker: SiteChecker | None
+    caller: fx.GraphModule, name: str, checker: SiteChecker | None, kernels: Kernels
 ) -> tuple[fx.GraphModule, tuple[SiteReport, ...]]:
     """As :func:`_run`, for the graph called ``name`` inside ``caller``, a copy.
 
@@ -74,17 +77,17 @@ def _run_body(
     """
     body: fx.GraphModule = caller.get_submodule(name)  # type: ignore[assignment]
     arguments = movable(caller, name)
-    if arguments and any(site.given_full for site in _run(body, None)[1]):
+    if arguments and any(site.given_full for site in _run(body, None, kernels)[1]):
         inside, operands = move_in(caller, name, arguments)
-        new, sites = _run(inside, checker)
+        new, sites = _run(inside, checker, kernels)
         if all(site.status == "fused" and not site.loads_full for site in sites):
             call_with(caller, name, operands)
             return new, sites
-    return _run(body, checker)
+    return _run(body, checker, kernels)
 
 
 def _rewritten(
-    gm: fx.GraphModule, checker: SiteChecker | None
+    gm: fx.GraphModule, checker: SiteChecker | None, kernels: Kernels
 ) -> tuple[fx.GraphModule, tuple[SitePlan, ...], dict[str, SiteCheck]]:
     """A rewritten copy of ``gm``, what became of each site, and the checks.
 
@@ -97,7 +100,7 @@ def _rewritten(
         new = copy_graph_module(gm)
         inlined = inline(new, wanted)
         nodes.name_in_place_results(new.graph)
-        plans = plan(find_regions(new.graph))
+        plans = plan(find_regions(new.graph), kernels)
         checks: dict[str, SiteCheck] = {}
         if checker is not None:
             plans, checks = checker.check_all(plans)
@@ -121,6 +124,12 @@ def explained(plans: Sequence[SitePlan], inside: Mapping[str, tuple[Reason, ...]
     )
 
 
+NOT_REPEATABLE = (
+    "gradients are summed in an order that changes from run to run, except under "
+    'torch.use_deterministic_algorithms(True) or with options={"kernels": "triton"}'
+)
+
+
 def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
     """What the report says of one site."""
     region = plan.region if isinstance(plan, Fuse) else plan.site
@@ -131,6 +140,9 @@ def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
     refused = (
         [(n, r) for n, r in plan.selection.refused if r.code != "device"] if isinstance(plan, Fuse) else []
     )
+    used = [f"{name} not used: {r.message}" for name, r in refused]
+    if isinstance(plan, Fuse) and not plan.selection.variant.repeatable:
+        used.append(NOT_REPEATABLE)
     full = loads_full(region)
     return SiteReport(
         name=region.name,
@@ -145,7 +157,7 @@ def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
         source=region.source,
         cost=plan.cost if isinstance(plan, Fuse) else None,
         variant=plan.selection.variant.name if isinstance(plan, Fuse) else "",
-        notes=(*region.notes, *(f"{name} not used: {r.message}" for name, r in refused)),
+        notes=(*region.notes, *used),
         check=check,
         loads_full=tuple(name for name, given in full.items() if not given),
         given_full=tuple(name for name, given in full.items() if given),

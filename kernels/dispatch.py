@@ -1,20 +1,27 @@
 """Who runs a site: one table of variants, what each supports, and why it refuses.
 
+``native`` is chosen where it was measured to be faster than our own kernels (``native.FASTER``).
+
 Selection happens when a graph is compiled and is recorded in the report; at run time the operator
 looks its variant up by name.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from flashfuse.kernels import native
 from flashfuse.kernels.spec import AttentionShape, Reason, ScoreProgram
+
+Kernels = Literal["auto", "triton", "native"]
+"""Which kernels are asked for on cuda: ``auto`` is what is fastest, ``native`` wherever it can run a site."""
 
 
 class Implementation(Protocol):
@@ -61,12 +68,23 @@ class Implementation(Protocol):
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: ``refuse`` gives the reason it cannot run a site, or ``None``."""
+    """A row of the table.
+
+    Attributes:
+        name, module: what graphs and reports call it, and the :class:`Implementation`.
+        needs_block_map: whether its sites come with the map of their mask.
+        refuse: the reason that it cannot run a site, or ``None``.
+        defer: the reason that a later row is the better choice, or ``None``; not asked of a variant that
+            the user asks for.
+        repeatable: whether two runs give the same bits in the output and dq, dk, dv.
+    """
 
     name: str
     module: str
     needs_block_map: bool
     refuse: Callable[[AttentionShape, ScoreProgram, float, torch.device], Reason | None]
+    defer: Callable[[AttentionShape, ScoreProgram, torch.device], Reason | None] | None = None
+    repeatable: bool = True
 
 
 def _refuse_triton(
@@ -93,6 +111,7 @@ def _refuse_cpu(
 
 
 VARIANTS: tuple[Variant, ...] = (
+    Variant("native", "flashfuse.kernels.native", False, native.refuse, native.prefer_ours, False),
     Variant("triton", "flashfuse.kernels.triton_attention", True, _refuse_triton),
     Variant("cpu", "flashfuse.kernels.cpu", False, _refuse_cpu),
 )
@@ -108,16 +127,25 @@ class Selection:
 
 
 def select(
-    shape: AttentionShape, program: ScoreProgram, dropout_p: float, device: torch.device
+    shape: AttentionShape,
+    program: ScoreProgram,
+    dropout_p: float,
+    device: torch.device,
+    kernels: Kernels = "auto",
 ) -> Selection | Reason:
-    """The first variant of the table that can run the site, or the reason that none can."""
+    """The first variant of the table that can run the site and is to, or the reason that none can."""
     refused: list[tuple[str, Reason]] = []
     for variant in VARIANTS:
         reason = variant.refuse(shape, program, dropout_p, device)
+        if reason is None and variant.name == "native" and kernels == "triton":
+            reason = Reason("option", 'the option kernels="triton" asks for our own')
+        if reason is None and variant.defer is not None and variant.name != kernels:
+            reason = variant.defer(shape, program, device)
         if reason is None:
             return Selection(variant, tuple(refused))
         refused.append((variant.name, reason))
-    relevant = [reason for _, reason in refused if reason.code != "device"]
+    # Where no kernel of our own runs a site, what PyTorch's lack is beside the point.
+    relevant = [reason for name, reason in refused if reason.code != "device" and name != "native"]
     return (
         relevant[0]
         if relevant
@@ -128,6 +156,7 @@ def select(
 _MODULES = {variant.name: variant.module for variant in VARIANTS}
 
 
+@functools.cache
 def implementation(name: str) -> Any:
     """The module that runs variant ``name`` (see :class:`Implementation`), imported on first use."""
     return importlib.import_module(_MODULES[name])

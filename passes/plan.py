@@ -59,12 +59,14 @@ class Left:
 SitePlan = Fuse | Left
 
 
-def plan(sites: Iterable[AttentionRegion | NearMiss]) -> tuple[SitePlan, ...]:
-    """A decision for every site."""
-    return tuple(_plan(site) for site in sites)
+def plan(
+    sites: Iterable[AttentionRegion | NearMiss], kernels: dispatch.Kernels = "auto"
+) -> tuple[SitePlan, ...]:
+    """A decision for every site; ``kernels`` says which are asked for."""
+    return tuple(_plan(site, kernels) for site in sites)
 
 
-def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
+def _plan(site: AttentionRegion | NearMiss, kernels: dispatch.Kernels) -> SitePlan:
     if isinstance(site, NearMiss):
         return Left(site, site.reasons)
     device = nodes.value(site.output).device
@@ -88,7 +90,7 @@ def _plan(site: AttentionRegion | NearMiss) -> SitePlan:
                 ),
             ),
         )
-    selection = dispatch.select(site.shape, site.program, site.dropout_p, device)
+    selection = dispatch.select(site.shape, site.program, site.dropout_p, device, kernels)
     if isinstance(selection, Reason):
         return Left(site, (selection,))
     return Fuse(site, selection, cost(site))
