@@ -119,7 +119,7 @@ def generate(
     """
     names = Names(program, captures, precise=not fold)
     score, mask = program.score, program.mask
-    scale = plain_scale(score) if fold else None
+    scale = _plain_scale(score) if fold else None
     folded = fold and (scale is not None or is_moderate(score, names.kinds))
     slope = derivative(score, S)
     dscale = float(slope.value) if slope.is_const else None
@@ -153,8 +153,7 @@ def _sums_rows(score: Expr, capture: str) -> bool:
     return any("kv" not in variables(node) for node in loads)
 
 
-def plain_scale(score: Expr) -> float | None:
-    """c where the score is exactly ``s*c`` with c > 0, else ``None``."""
+def _plain_scale(score: Expr) -> float | None:
     slope = derivative(score, S)
     if slope.is_const and slope.value > 0 and score == mul(S, slope):
         return float(slope.value)

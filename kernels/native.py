@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flashfuse.kernels.expr import Expr, parse
+from flashfuse.kernels.expr import Expr, S, parse
 from flashfuse.kernels.spec import AttentionShape, Reason, ScoreProgram
 
 Direction = Literal["forward", "backward"]
@@ -137,10 +137,13 @@ def _plain(program: ScoreProgram, square: bool) -> _Plain | None:
 
 
 def _scale(score: Expr) -> float | None:
-    from flashfuse.kernels.codegen import plain_scale
-
-    scale = plain_scale(score)
-    return scale if scale is not None and math.isfinite(scale) else None
+    """c where the score is exactly ``s*c`` with c > 0, else ``None``."""
+    if score == S:
+        return 1.0
+    if score.op != "*" or score.args[0] != S or not score.args[1].is_const:
+        return None
+    scale = float(score.args[1].value)
+    return scale if 0 < scale < math.inf else None
 
 
 # --- running it -------------------------------------------------------------------------------------
