@@ -331,6 +331,45 @@ def _store_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _ds_tile(  # type: ignore[no-untyped-def]
+    q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
+    ptrs, nums, seed, bh, threshold, drop_scale,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """(dS, s, k, positions of keys, which are allowed) of one tile of BN keys, dS and s [BM, BN]."""
+    offset = start.to(tl.int64) * 8
+    columns = tl.arange(0, BN)
+    k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, CHECK)  # [BN, D_PAD]
+    v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
+    kv = start + columns
+    allowed = (kv < Skv)[None, :]
+    if CHECK:
+        kv = tl.minimum(kv, Skv - 1)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    if SCALE is not None:
+        x = s * SCALE
+    else:
+        x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+    p = _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, UNIFORM)
+    if MASK is not None:
+        of_mask = MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+        if CHECK:
+            allowed = of_mask & allowed
+        else:
+            allowed = of_mask
+        p = tl.where(allowed, p, 0.0)
+    elif CHECK:
+        p = tl.where(allowed, p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+    if DROPOUT:
+        dp = tl.where(keep_draw(seed, bh, q_first, start, BM, BN) >= threshold, dp * drop_scale, 0.0)
+    return p * (dp - delta[:, None]), s, k, kv, allowed
+
+
+@triton.jit
 def _dq_tile(  # type: ignore[no-untyped-def]
     dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
     ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
@@ -342,31 +381,11 @@ def _dq_tile(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One tile of BN keys into dq [BM, D_PAD], and into the captures' gradients."""
     start = tl.cast(start, tl.int32)
-    offset = start.to(tl.int64) * 8
-    columns = tl.arange(0, BN)
-    k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, CHECK)  # [BN, D_PAD]
-    v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
-    kv = start + columns
-    inside = (kv < Skv)[None, :]
-    if CHECK:
-        kv = tl.minimum(kv, Skv - 1)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-    if SCALE is not None:
-        x = s * SCALE
-    else:
-        x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-    p = _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, UNIFORM)
-    if MASK is not None:
-        allowed = MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-        if CHECK:
-            allowed = allowed & inside
-        p = tl.where(allowed, p, 0.0)
-    elif CHECK:
-        p = tl.where(inside, p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
-    if DROPOUT:
-        dp = tl.where(keep_draw(seed, bh, q_first, start, BM, BN) >= threshold, dp * drop_scale, 0.0)
-    ds = p * (dp - delta[:, None])
+    ds, s, k, kv, allowed = _ds_tile(
+        q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
+        ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
+        D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, CHECK, PRECISION, UNIFORM,
+    )  # fmt: skip
     if ACCUMULATE is not None:
         ACCUMULATE(ds, s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums, gptrs, gnums)
     if DSCORE is not None:
@@ -472,3 +491,85 @@ def backward_dq(  # type: ignore[no-untyped-def]
         _store_rows(dq_base, sdqs, dq, None, 0, local, dead, D, D_PAD)
     else:
         _store_rows(dq_base, sdqs, dq, None, 0, local, in_range, D, D_PAD)
+
+
+# --- tables of distances ----------------------------------------------------------------------
+
+
+@triton.jit(
+    do_not_specialize=[
+        "nums", "gnums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
+        "BATCH", "H", "GROUP", "Sq", "Skv", "parts", "threshold", "drop_scale",
+    ]
+)  # fmt: skip
+def backward_table(  # type: ignore[no-untyped-def]
+    Q, K, V, DOut, Lse, Delta, Norm, Seed, ptrs, gptrs, nums, gnums,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
+    BATCH, H, GROUP, Sq, Skv, parts, threshold, drop_scale,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr,
+    SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a load whose index is one of kv − q: one program per (h, diagonal, part of the batch).
+
+    Tiles TILE × TILE on one diagonal of the scores have the same distances in the same places, so they are
+    summed in registers, and only their sum is added to the buffer.  Long diagonals come first.
+    """
+    q_tiles, kv_tiles = (Sq + TILE - 1) // TILE, (Skv + TILE - 1) // TILE
+    diagonals = q_tiles + kv_tiles - 1
+    rank = tl.program_id(0) // (H * parts)
+    h = tl.program_id(0) % H
+    part = tl.program_id(0) // H % parts
+    step = (rank + 1) // 2
+    diagonal = diagonals // 2 + tl.where(rank % 2 == 1, -step, step)
+    first_q = tl.maximum(q_tiles - 1 - diagonal, 0)
+    first_kv = tl.maximum(diagonal - (q_tiles - 1), 0)
+    length = tl.minimum(q_tiles - first_q, kv_tiles - first_kv)
+    first_b = part * BATCH // parts
+    last_b = (part + 1) * BATCH // parts
+    local = tl.arange(0, TILE)
+    h64, kvh64 = h.to(tl.int64) * 8, (h // GROUP).to(tl.int64) * 8
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(Seed)
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for i in range(0, (last_b - first_b) * length):
+        b = first_b + i // length
+        first = (first_q + i % length) * TILE
+        start = (first_kv + i % length) * TILE
+        b64, first64 = b.to(tl.int64) * 8, first.to(tl.int64) * 8
+        rows = tl.minimum(first + local, Sq - 1)
+        seen = True
+        if MASK is not None:
+            columns = tl.minimum(start + local, Skv - 1)
+            of_tile = MASK(b, h, rows[:, None], columns[None, :], Sq, Skv, ptrs, nums)
+            seen = tl.max(tl.max(of_tile.to(tl.int32), 1), 0) > 0
+        if seen:
+            bh = b * H + h
+            at = bh.to(tl.int64) * Sq + first + local
+            in_range = local < Sq - first
+            lse = tl.load(Lse + at, mask=in_range, other=float("inf"))
+            delta = tl.load(Delta + at, mask=in_range, other=0.0)
+            norm = lse
+            if not FOLDED:
+                norm = tl.load(Norm + at, mask=in_range, other=0.0)
+            q_base = Q + b64 * sqb + h64 * sqh + first64 * sqs
+            do_base = DOut + b64 * sgb + h64 * sgh + first64 * sgs
+            q = load_rows(q_base, local, sqs, Sq - first, D, D_PAD, not EVEN)
+            do = load_rows(do_base, local, sgs, Sq - first, DV, DV_PAD, not EVEN)
+            k_base, v_base = K + b64 * skb + kvh64 * skh, V + b64 * svb + kvh64 * svh
+            ds, s, _, kv, _ = _ds_tile(
+                q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+                ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
+                D, DV, D_PAD, DV_PAD, TILE, TILE, DROPOUT, not EVEN, PRECISION, False,
+            )  # fmt: skip
+            if SLOPE is not None:
+                # A weight of 0 has no part in it, even where the derivative overflows.
+                of_load = SLOPE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+                ds = tl.where(ds == 0.0, 0.0, ds * of_load)
+            total += ds
+    # Any tile of the diagonal has the distances; where the first sticks out, nothing was added.
+    rows = tl.minimum(first_q * TILE + local, Sq - 1)[:, None]
+    kv = tl.minimum(first_kv * TILE + local, Skv - 1)[None, :]
+    ADD(total, total, first_b, h, rows, kv, Sq, Skv, ptrs, nums, gptrs, gnums)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import linecache
 import math
 import sys
@@ -25,13 +26,17 @@ from torch import Tensor
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import (
     COMPARISONS,
+    INDEX_VARS,
+    LENGTHS,
     UNARY,
     ZERO,
     Expr,
     S,
+    add,
     const,
     contains,
     mul,
+    substitute,
     variables,
     walk,
 )
@@ -79,6 +84,23 @@ def capture_type(t: Tensor) -> tuple[CaptureType, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
+class Table:
+    """The gradient of a table of distances, which tiles on one diagonal of the scores add to alike.
+
+    Attributes:
+        slope: the derivative of the score by the load; ``None`` where it is 1.
+        add: adds a tile of gradients to the buffer.
+        others: ``accumulate`` for the other loads; ``None`` where there are none.
+        uses_b: the index depends on b.
+    """
+
+    slope: Any
+    add: Any
+    others: Any
+    uses_b: bool
+
+
+@dataclass(frozen=True)
 class Generated:
     """The jit functions of one program.
 
@@ -87,7 +109,9 @@ class Generated:
         sink: the sinks of rows, in natural units.
         scale: c where the score is exactly ``s*c`` with c > 0, so that no score code is needed.
         dscale: the derivative of the score by ``s`` where it is constant; else ``dscore`` is set.
-        accumulate: adds the gradients of the wanted captures into their float32 buffers.
+        accumulate: adds the gradients of the wanted captures into their buffers.
+        table: the one load among them whose index depends on q and kv only by their difference, if there is
+            one: ``Table``, and what of ``accumulate`` is left without it.
         sums_rows: a wanted gradient is summed over the keys of a row, where the errors of dS add up.
         loads_tiles: something is loaded per element, at an index of both q and kv.
     """
@@ -97,6 +121,7 @@ class Generated:
     sink: Any
     dscore: Any
     accumulate: Any
+    table: Table | None
     scale: float | None
     dscale: float | None
     folded: bool
@@ -110,14 +135,17 @@ def generate(
     captures: tuple[CaptureType, ...],
     grads: tuple[tuple[int, CaptureType], ...] = (),
     fold: bool = True,
+    approximate: bool = False,
 ) -> Generated:
     """The functions of ``program`` over captures of these types.
 
     ``grads`` lists the captures of the score whose gradient is wanted, with the types of their buffers;
     a sink's gradient is made on the host.  Without ``fold`` the scores are as exact as float32 allows, at
-    more cost: natural units, a precise tanh.
+    more cost: natural units, a precise tanh.  ``approximate``: what products of 16-bit numbers round away
+    may be rounded away here too (the tanh of the hardware, exact to 2^-11).
     """
-    names = Names(program, captures, precise=not fold)
+    tanh = "tanh_precise" if not fold else "tanh_approx" if approximate else "tanh"
+    names = Names(program, captures, tanh, scatters=approximate)
     score, mask = program.score, program.mask
     scale = _plain_scale(score) if fold else None
     folded = fold and (scale is not None or is_moderate(score, names.kinds))
@@ -127,19 +155,29 @@ def generate(
     functions.append(_function("mask_mod", mask, names) if mask is not None else "")
     functions.append(_function("sink_mod", program.sink, names) if program.sink is not None else "")
     functions.append(_function("dscore_mod", slope, names) if dscale is None else "")
-    functions.append(_accumulate_function(program, grads, names) if grads else "")
+    loads = _wanted_loads(program, grads)
+    functions.append(_accumulate_function("accumulate", program, loads, names) if grads else "")
+    of_distance = [load for load in loads if _is_of_distance(load.node)]
+    if len(of_distance) == 1:
+        functions += _table_functions(program, of_distance[0], loads, names)
     module = load_module("\n\n".join(f for f in functions if f))
+    table = None
+    if len(of_distance) == 1:
+        others = getattr(module, "accumulate_others", None)
+        slope_mod = getattr(module, "table_slope", None)
+        table = Table(slope_mod, module.table_add, others, "b" in variables(of_distance[0].node))
     return Generated(
         score=module.score_mod,
         mask=getattr(module, "mask_mod", None),
         sink=getattr(module, "sink_mod", None),
         dscore=getattr(module, "dscore_mod", None),
         accumulate=getattr(module, "accumulate", None),
+        table=table,
         scale=scale,
         dscale=dscale,
         folded=folded,
         loads_tiles=any(
-            node.op == "load" and {"q", "kv"} <= variables(node)
+            node.op == "load" and _axis(node) == 2 and not (names.scatters and is_scattered(node))
             for e in (score, mask)
             if e is not None
             for node in walk(e)
@@ -191,8 +229,8 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.device_math import (
-    block_max, block_min, floordiv_float, floordiv_int, mod_float, mod_int, sigmoid, tanh, tanh_precise,
-    widened
+    add_gradient, block_max, block_min, floordiv_float, floordiv_int, load_scattered, mod_float, mod_int,
+    sigmoid, tanh, tanh_approx, tanh_precise, widened
 )
 
 
@@ -202,8 +240,15 @@ from flashfuse.kernels.device_math import (
 class Names:
     """Where the captures and integers of a program lie in ``ptrs`` and ``nums``."""
 
-    def __init__(self, program: ScoreProgram, captures: Sequence[CaptureType], precise: bool = False) -> None:
-        self.precise = precise
+    def __init__(
+        self,
+        program: ScoreProgram,
+        captures: Sequence[CaptureType],
+        tanh: str = "tanh",
+        scatters: bool = False,
+    ) -> None:
+        self.tanh = tanh
+        self.scatters = scatters
         self.types = dict(zip(program.captures, captures, strict=True))
         self.pointer = {name: f"ptrs[{i}]" for i, name in enumerate(self.types)}
         self.strides: dict[str, list[str]] = {}
@@ -249,40 +294,89 @@ def render(name: str, parameters: str, lines: Sequence[str]) -> str:
     return f"@triton.jit\ndef {name}({parameters}):\n{body}\n"
 
 
-def _accumulate_function(
-    program: ScoreProgram, grads: Sequence[tuple[int, CaptureType]], names: Names
-) -> str:
-    """Adds ``g · d score / d load`` of a [q, kv] tile at every load of the wanted captures.
+@dataclass(frozen=True)
+class _Load:
+    """A load of a wanted capture: its buffer, by position, and the strides of that."""
+
+    node: Expr
+    slot: int
+    strides: list[str]
+    wide: bool
+
+
+def _wanted_loads(program: ScoreProgram, grads: Sequence[tuple[int, CaptureType]]) -> list[_Load]:
+    found = []
+    position = 0
+    for slot, (index, buffer) in enumerate(grads):
+        strides, position = stride_texts(buffer, position, "gnums")
+        capture = program.captures[index]
+        nodes = (n for n in walk(program.score) if n.op == "load" and n.args[0] == capture)
+        found += [_Load(node, slot, strides, buffer.wide) for node in nodes]
+    return found
+
+
+def is_scattered(load: Expr) -> bool:
+    """An entry of a table at a distance, or where another load says, of each pair of q and kv."""
+    return _is_of_distance(load) or (
+        _axis(load) == 2 and any(n.op == "load" for i in load.operands for n in walk(i))
+    )
+
+
+def _is_of_distance(load: Expr) -> bool:
+    """The index depends on q and kv, and one further in both is the same index."""
+
+    def further(e: Expr) -> Expr | None:
+        return add(e, const(1)) if e.op == "var" and e.args[0] in ("q", "kv") else None
+
+    return _axis(load) == 2 and substitute(load, further) == load
+
+
+_GRADIENT_PARAMETERS = f"g, s, {_PARAMETERS}, gptrs, gnums"
+
+
+def _accumulate_function(name: str, program: ScoreProgram, loads: Sequence[_Load], names: Names) -> str:
+    """Adds ``g · d score / d load`` of a [q, kv] tile at every one of ``loads``.
 
     ``g`` is dL/dscore, zero where a key is not allowed or out of range.  Axes that the index does
     not depend on are summed in registers first.
     """
     printer = Printer(names)
-    position = 0
-    for slot, (index, buffer) in enumerate(grads):
-        capture = program.captures[index]
-        strides, position = stride_texts(buffer, position, "gnums")
-        for node in walk(program.score):
-            if node.op != "load" or node.args[0] != capture:
-                continue
-            slope = printer.as_kind(derivative(program.score, node), "float")
-            # A weight of 0 has no part in it, even where the derivative overflows.
-            value = f"tl.where(g == 0.0, 0.0, g * {slope})"
-            offset = printer.offset(node.operands, strides, buffer.wide)
-            used = set().union(*(variables(i) for i in node.operands))
-            v = printer.emit(value)
-            if "kv" not in used and "q" not in used:
-                v = printer.emit(f"tl.sum(tl.sum({v}, 1), 0)")
-                mask = ""
-            else:
-                if "kv" not in used:
-                    v = printer.emit(f"tl.sum({v}, 1)[:, None]")
-                elif "q" not in used:
-                    v = printer.emit(f"tl.sum({v}, 0)[None, :]")
-                offset = f"{offset} + tl.zeros_like({v}).to(tl.int32)"
-                mask = f", mask={v} != 0"
-            printer.lines.append(f'tl.atomic_add(gptrs[{slot}] + ({offset}), {v}{mask}, sem="relaxed")')
-    return render("accumulate", f"g, s, {_PARAMETERS}, gptrs, gnums", printer.lines or ["pass"])
+    for load in loads:
+        slope = printer.as_kind(derivative(program.score, load.node), "float")
+        # A weight of 0 has no part in it, even where the derivative overflows.
+        value = printer.emit("g" if slope == "1.0" else f"tl.where(g == 0.0, 0.0, g * {slope})")
+        _add(load, value, printer)
+    return render(name, _GRADIENT_PARAMETERS, printer.lines or ["pass"])
+
+
+def _add(load: _Load, value: str, printer: Printer) -> None:
+    """Write the addition of a [q, kv] tile of gradients at the index of ``load``."""
+    offset = printer.offset(load.node.operands, load.strides, load.wide)
+    used = set().union(*(variables(i) for i in load.node.operands))
+    if "kv" not in used and "q" not in used:
+        value = printer.emit(f"tl.sum(tl.sum({value}, 1), 0)")
+    else:
+        if "kv" not in used:
+            value = printer.emit(f"tl.sum({value}, 1)[:, None]")
+        elif "q" not in used:
+            value = printer.emit(f"tl.sum({value}, 0)[None, :]")
+        offset = f"{offset} + tl.zeros_like({value}).to(tl.int32)"
+    buffer, scale = f"gptrs[{2 * load.slot}]", f"gptrs[{2 * load.slot + 1}]"
+    printer.lines.append(f"add_gradient({buffer}, {scale}, {offset}, {value})")
+
+
+def _table_functions(program: ScoreProgram, table: _Load, loads: Sequence[_Load], names: Names) -> list[str]:
+    found = []
+    slope = derivative(program.score, table.node)
+    if slope != const(1):
+        found.append(_function("table_slope", slope, names))
+    printer = Printer(names)
+    _add(table, "g", printer)
+    found.append(render("table_add", _GRADIENT_PARAMETERS, printer.lines))
+    others = [load for load in loads if load is not table]
+    if others:
+        found.append(_accumulate_function("accumulate_others", program, others, names))
+    return found
 
 
 # --- expressions ------------------------------------------------------------------------------
@@ -306,6 +400,36 @@ def kind_of(e: Expr, kinds: Mapping[str, str]) -> str:
     if "float" in found:
         return "float"
     return "bool" if found == {"bool"} and op == "where" else "int"
+
+
+def _axis(e: Expr) -> int:
+    """0: alike for all keys, 1: alike for all queries, 2: of both."""
+    used = variables(e)
+    return 0 if "kv" not in used else 1 if "q" not in used else 2
+
+
+def _by_axis(e: Expr) -> tuple[Expr, ...]:
+    """``e``, or the parts of an integer sum: what is alike for all keys, for all queries, the rest."""
+    if e.op != "+" or _axis(e) != 2:
+        return (e,)
+    groups: dict[int, list[Expr]] = {}
+    for term in e.operands:
+        groups.setdefault(_axis(term), []).append(term)
+    return tuple(add(*groups[axis]) for axis in sorted(groups)) if len(groups) > 1 else (e,)
+
+
+def _is_small(e: Expr) -> bool:
+    """An integer that float32 holds: positions and lengths with small factors, added up."""
+    if e.is_const:
+        return abs(e.value) < 2**20
+    if e.op == "var":
+        return e.args[0] in (*INDEX_VARS, *LENGTHS)
+    if e.op == "*":
+        a, b = e.operands
+        return (a.is_const and abs(a.value) <= 4 and _is_small(b)) or (
+            b.is_const and abs(b.value) <= 4 and _is_small(a)
+        )
+    return e.op == "+" and len(e.operands) <= 4 and all(_is_small(a) for a in e.operands)
 
 
 def literal(value: Any) -> str:
@@ -347,6 +471,11 @@ class Printer:
                 kind if own != "float" or kind == "bool" else "float"
             ]
             return literal(cast(e.value))
+        if kind == "float" and own == "int":
+            parts = _by_axis(e)
+            if len(parts) > 1 and all(_is_small(p) for p in parts):
+                # Exact, and a sum of a row and a column instead of a conversion of every element.
+                return self.emit(" + ".join(f"({self.text(p)}).to(tl.float32)" for p in parts))
         text = self.text(e)
         if own == kind:
             return text
@@ -367,17 +496,22 @@ class Printer:
         return self._memo[e]
 
     def offset(self, indices: Sequence[Expr], strides: Sequence[str], wide: bool) -> str:
+        """Terms without kv first: added to a pointer from the left, those are worked out once per row."""
         terms = []
         for index, stride in zip(indices, strides, strict=True):
             if stride == "0" or index == ZERO:
                 continue
-            text = self.as_kind(index, "int")
-            if kind_of(index, self.names.kinds) == "float":
-                text = f"{text}.to(tl.int32)"
-            if wide and not index.is_const:
-                text = f"{text}.to(tl.int64)"
-            terms.append(text if stride == "1" else f"{text} * {stride}")
-        return " + ".join(terms) or "0"
+            is_float = kind_of(index, self.names.kinds) == "float"
+            for part in (index,) if is_float else _by_axis(index):
+                text = self.as_kind(part, "int")
+                if is_float:
+                    text = f"{text}.to(tl.int32)"
+                if wide and not part.is_const:
+                    text = f"{text}.to(tl.int64)"
+                terms.append((_axis(part), text if stride == "1" else f"({text}) * {stride}"))
+        terms.sort(key=lambda term: term[0])
+        groups = (" + ".join(t for _, t in group) for _, group in itertools.groupby(terms, lambda t: t[0]))
+        return " + ".join(f"({group})" for group in groups) or "0"
 
     def _compute(self, e: Expr) -> str:
         op, args = e.op, e.args
@@ -396,14 +530,16 @@ class Printer:
             return f"tl.where({self.as_kind(args[0], 'bool')}, {', '.join(values)})"
         if op in UNARY:
             value = self.as_kind(args[0], kind)
-            if op == "tanh" and self.names.precise:
-                return f"tanh_precise({value})"
-            if op in ("tanh", "sigmoid"):
-                return f"{op}({value})"
+            if op == "tanh":
+                return f"{self.names.tanh}({value})"
+            if op == "sigmoid":
+                return f"sigmoid({value})"
             return f"tl.{'sqrt_rn' if op == 'sqrt' else op}({value})"
         values = [self.as_kind(a, kind) for a in args]
         if op == "+":
-            return " + ".join(values)
+            # Integers may be added in any order: what is alike in a row or a column goes first.
+            parts = _by_axis(e) if kind == "int" else (e,)
+            return " + ".join(values) if len(parts) == 1 else " + ".join(f"({self.text(p)})" for p in parts)
         if op == "*":
             # A product of two run-time integers may be an index into more than 2^31 elements.
             widen = kind == "int" and not args[0].is_const and not args[1].is_const
@@ -420,7 +556,9 @@ class Printer:
         name = e.args[0]
         kind = self.names.types[name]
         offset = self.offset(e.operands, self.names.strides[name], kind.wide)
-        text = f"tl.load({self.names.pointer[name]} + ({offset}))"
+        if self.names.scatters and kind.kind == "float" and is_scattered(e):
+            return f"load_scattered({self.names.pointer[name]} + {offset})"
+        text = f"tl.load({self.names.pointer[name]} + {offset})"
         if kind.kind == "float":
             return f"{text}.to(tl.float32)"
         # Narrow integers would overflow in arithmetic.

@@ -50,6 +50,11 @@ _SINGLE: dict[str, tuple[Config, Config, Config]] = {
     "dkdv": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1)),
     "dq": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1)),
 }
+# Square tiles.
+_TABLE: dict[int, tuple[Config, Config, Config]] = {
+    2: (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1)),
+    4: (_C(32, 32, 4, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1)),
+}
 
 
 class Kind(NamedTuple):
@@ -70,10 +75,10 @@ class Kind(NamedTuple):
 
 
 def choose(kernel: str, kind: Kind) -> Config:
-    """The config of ``forward``, ``dkdv`` or ``dq``; that of ``decode`` is for the fewest rows."""
+    """The config of ``forward``, ``dkdv``, ``dq`` or ``table``; that of ``decode`` is for the fewest rows."""
     bucket = 0 if kind.head_dim <= 64 else 1 if kind.head_dim <= 128 else 2
-    if kernel == "decode":
-        return _DECODE[2 if kind.itemsize == 2 else 4][bucket]
+    if kernel in ("decode", "table"):
+        return {"decode": _DECODE, "table": _TABLE}[kernel][2 if kind.itemsize == 2 else 4][bucket]
     if kind.itemsize != 2:
         return _SINGLE[kernel][bucket]
     if kind.loads_tiles and bucket < 2:

@@ -97,6 +97,39 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def load_scattered(ptrs):  # type: ignore[no-untyped-def]
+    """float32 of the elements at a tile of pointers, read by the threads that compute with them.
+
+    ``tl.load`` gives a tile a layout in which neighbours are read together, and the scores would be
+    brought into that through shared memory.  Entries of a small table come from the cache in any order.
+    """
+    if ptrs.dtype.element_ty == tl.float32:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [ptrs], dtype=tl.float32, is_pure=True, pack=1
+        )
+    elif ptrs.dtype.element_ty == tl.float16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 x; ld.global.nc.b16 x, [$1]; cvt.f32.f16 $0, x; }",
+            "=f,l", [ptrs], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        tl.static_assert(ptrs.dtype.element_ty == tl.bfloat16)
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .b32 x; ld.global.nc.u16 x, [$1]; shl.b32 $0, x, 16; }",
+            "=r,l", [ptrs], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tanh_approx(x):  # type: ignore[no-untyped-def]
+    """The hardware's: relative error 2^-11, one instruction."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def tanh_precise(x):  # type: ignore[no-untyped-def]
     """Relative error of float32's epsilon: the odd series near 0, where the formula cancels."""
     x2 = x * x
@@ -106,6 +139,27 @@ def tanh_precise(x):  # type: ignore[no-untyped-def]
     near = tl.abs(x) * (1.0 + x2 * (-0.333333333 + x2 * series))
     t = tl.where(x2 < 0.0625, near, far)
     return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def add_gradient(Buffer, Scale, offset, value):  # type: ignore[no-untyped-def]
+    """Add ``value``, a number or a tile of numbers, to Buffer at ``offset``; zeros add nothing.
+
+    A float32 buffer is added to as it comes.  An int64 buffer holds multiples of 1 / Scale[0], a power of
+    two: their sum does not depend on the order.  An int32 buffer gets the bits of the largest magnitude,
+    which such a scale is made from.
+    """
+    if Buffer.dtype.element_ty == tl.int32:
+        largest = tl.abs(value)
+        # Bits of numbers that are not negative have their order; NaN counts as infinite.
+        bits = tl.where(largest == largest, largest, float("inf")).to(tl.int32, bitcast=True)
+        if bits.type.is_block():
+            bits = tl.max(tl.max(bits, 1), 0)
+        tl.atomic_max(Buffer, bits, sem="relaxed")
+    else:
+        if Buffer.dtype.element_ty == tl.int64:
+            value = (value * tl.load(Scale)).to(tl.int64)
+        tl.atomic_add(Buffer + offset, value, mask=value != 0, sem="relaxed")
 
 
 @triton.jit

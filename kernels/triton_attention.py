@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from flashfuse.kernels import backward as backward_kernels
@@ -91,7 +92,6 @@ def backward(
     dq, dk, dv = empty_bhsd(q, q.shape), empty_bhsd(k, k.shape), empty_bhsd(v, v.shape)
     if site.is_empty:
         return [dq.zero_(), dk.zero_(), dv.zero_(), *(torch.zeros_like(captures[i]) for i in wanted)]
-    sums = tuple(torch.zeros(captures[i].shape, dtype=torch.float32, device=q.device) for i in site.of_score)
     q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
     do, out = site.rows(do, 3), site.rows(out, 4)
     lse = lse.contiguous()
@@ -110,12 +110,21 @@ def backward(
         make = functools.partial(site.make_dkdv, dk, dv, extra_k, extra_v, q_map)
         extra = (extra_k, extra_v)
         run("dkdv", aligned, make, q, k, v, do, dk, dv, used, delta, norm, *extra, q_map, seed, ptrs)
-        make = functools.partial(site.make_dq, dq, sums, kv_map)
-        run("dq", aligned, make, q, k, v, do, dq, used, delta, norm, kv_map, seed, ptrs, sums)
-        if site.uniform:
-            make = functools.partial(site.make_dq, dq, sums, None, True)
-            of_dead = site.delta_of_dead_rows(lse, delta)
-            run("uniform_dq", aligned, make, q, k, v, do, dq, used, of_dead, norm, None, seed, ptrs, sums)
+
+        def add_up(kind: str, buffers: tuple[Tensor, ...]) -> None:
+            """dq, and the captures' gradients into ``buffers``, of which there is one ``kind`` per launch."""
+            make = functools.partial(site.make_dq, dq, kv_map, False)
+            rest = (used, delta, norm, kv_map, seed, ptrs, buffers)
+            run(f"dq{kind}", aligned, make, q, k, v, do, dq, *rest)
+            if site.sums_diagonals:
+                tensors = (used, delta, norm, seed, ptrs, buffers)
+                run(f"table{kind}", aligned, site.make_table, q, k, v, do, *tensors)
+            if site.uniform:
+                make = functools.partial(site.make_dq, dq, None, True)
+                rest = (used, site.delta_of_dead_rows(lse, delta), norm, None, seed, ptrs, buffers)
+                run(f"uniform_dq{kind}", aligned, make, q, k, v, do, dq, *rest)
+
+        sums = site.capture_gradients(captures, add_up)
         totals = dict(zip(site.of_score, sums, strict=True))
         for i, gradient in site.sink_gradients(captures, ints, lse, delta, norm).items():
             totals[i] = totals[i] + gradient if i in totals else gradient
@@ -188,6 +197,7 @@ class _Site:
         wanted: tuple[int, ...],
     ) -> None:
         q, k, v = tensors[:3]
+        self.device = q.device
         self.batch, self.heads, self.q_len, self.dim = q.shape
         self.kv_heads, self.kv_len, self.v_dim = k.shape[1], k.shape[2], v.shape[3]
         self.is_empty = 0 in (self.batch, self.heads, self.q_len, self.kv_len)
@@ -219,7 +229,8 @@ class _Site:
         buffer_types, buffer_numbers = typed(buffers)
         self.gnums = tuple(n for s in buffer_numbers for n in s)
         grads = tuple(zip(self.of_score, buffer_types, strict=True))
-        self.code: Generated = generate(self.program, types, grads, self.precision != "ieee")
+        approximate = self.itemsize == 2 and not triton.knobs.runtime.interpret
+        self.code: Generated = generate(self.program, types, grads, self.precision != "ieee", approximate)
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
         self.launches = Launches()
         self.capability = _major_capability(q.device)
@@ -392,14 +403,15 @@ class _Site:
             backward_kernels.backward_dkdv, programs, numbers, config.warps, 1 if uniform else config.stages
         )
 
-    def make_dq(
-        self, dq: Tensor, sums: tuple[Tensor, ...], kv_map: Tensor | None, uniform: bool = False
-    ) -> Launch:
+    def make_dq(self, dq: Tensor, kv_map: Tensor | None, uniform: bool) -> Launch:
         code = self.code
         config = self.config("dq")
         accumulate = code.accumulate
         if self._is_constant or (uniform and self.program.dead_rows in SCORES_ONLY):
             accumulate = None
+        elif self.sums_diagonals and not uniform:
+            assert code.table is not None
+            accumulate = code.table.others
         numbers = (
             *(
                 self.nums,
@@ -415,6 +427,51 @@ class _Site:
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
         return Launch(backward_kernels.backward_dq, programs, numbers, config.warps, config.stages)
+
+    def make_table(self) -> Launch:
+        code, table = self.code, self.code.table
+        assert table is not None
+        config = self.config("table")
+        diagonals = -(-self.q_len // config.bm) + -(-self.kv_len // config.bm) - 1
+        enough = 8 * _processors(self.device)
+        parts = self.batch if table.uses_b else min(self.batch, -(-enough // (self.heads * diagonals)))
+        numbers = (
+            *(self.nums, self.gnums, *self._four_strides, self.batch, *self._lengths, parts, *self._drop),
+            *(code.score, code.mask, table.slope, table.add, self._scale, code.folded, *self._dims),
+            *(self.even, self.dropout, self.precision, config.bm),
+        )
+        programs = self.heads * parts * diagonals
+        return Launch(backward_kernels.backward_table, programs, numbers, config.warps, config.stages)
+
+    @property
+    def sums_diagonals(self) -> bool:
+        """The gradient of a table of distances has a kernel of its own."""
+        return self.code.table is not None and not self._is_constant
+
+    def capture_gradients(
+        self, captures: Sequence[Tensor], add_up: Callable[[str, tuple[Tensor, ...]], None]
+    ) -> list[Tensor]:
+        """float32 gradients of ``of_score``; ``add_up`` adds to two buffers for each, as ``add_gradient``.
+
+        Where PyTorch is asked for deterministic algorithms, the sums are taken in integers, in a second
+        pass, of the scale that the largest term of the first gives.  A NaN or infinite term makes the whole
+        gradient NaN then.
+        """
+        like = [captures[i] for i in self.of_score]
+        if not like or not torch.are_deterministic_algorithms_enabled():
+            sums = [torch.zeros(c.shape, dtype=torch.float32, device=self.device) for c in like]
+            add_up("", tuple(t for s in sums for t in (s, s)))
+            return sums
+        bits = torch.zeros(len(like), dtype=torch.int32, device=self.device)
+        add_up("_largest", tuple(t for i in range(len(like)) for t in (bits[i:], bits[i:])))
+        # So many terms of the largest magnitude stay below 2^62.
+        terms = self.batch * self.heads * self.q_len * self.kv_len
+        _, exponents = torch.frexp(bits.view(torch.float32))
+        scales = torch.ldexp(torch.ones_like(bits, dtype=torch.float32), 62 - terms.bit_length() - exponents)
+        scales = torch.where(bits.view(torch.float32).isfinite(), scales.clamp(max=2.0**126), float("nan"))
+        wholes = [torch.zeros(c.shape, dtype=torch.int64, device=self.device) for c in like]
+        add_up("_exact", tuple(t for i, w in enumerate(wholes) for t in (w, scales[i:])))
+        return [(w.double() / scale).float() for w, scale in zip(wholes, scales, strict=True)]
 
     @property
     def _four_strides(self) -> tuple[int, ...]:
