@@ -7,6 +7,7 @@ call :class:`Launches` calls the compiled kernel directly.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -48,6 +49,34 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+def direct(compiled: Any, programs: int) -> Callable[..., None]:
+    """``compiled`` on ``programs`` programs of the current device, as a function of its arguments.
+
+    What ``compiled[grid]`` asks Triton at each call (the device, its stream's getter, metadata for hooks that
+    nobody has set) is asked once.  Where hooks are set, as profilers do, or Triton is made otherwise than
+    3.6 to 3.9 are, that way is taken.
+    """
+    slow: Callable[..., None] = compiled[(programs, 1, 1)]
+    try:
+        # The module that compiled it knows the driver; this file does not import Triton.
+        triton = sys.modules[type(compiled).__module__]
+        stream_of, runtime = triton.driver.active.get_current_stream, triton.knobs.runtime
+        run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+        hooks = runtime.launch_enter_hook.calls, runtime.launch_exit_hook.calls
+    except (AttributeError, KeyError):
+        return slow
+    device = torch.cuda.current_device()
+    entering, leaving = hooks
+
+    def fast(*arguments: Any) -> None:
+        if entering or leaving:
+            slow(*arguments)
+        else:
+            run(programs, 1, 1, stream_of(device), function, packed, None, None, None, *arguments)
+
+    return fast
+
+
 class Launches:
     """The launches of one site by name; ``make`` is asked once for each."""
 
@@ -70,4 +99,4 @@ class Launches:
             what = self._made[name] = make()
         compiled = launch(what, *tensors)
         if aligned and compiled is not None:
-            self._ready[name] = (compiled[(what.programs, 1, 1)], what.numbers)
+            self._ready[name] = (direct(compiled, what.programs), what.numbers)

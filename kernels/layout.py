@@ -28,6 +28,12 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def bshd(sizes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes [B, H, S, D], and the strides of what lies as [B, S, H, D], as of ``ops.empty_bhsd``."""
+    b, h, s, d = sizes
+    return (b, h, s, d), (s * h * d, d, h * d, 1)
+
+
 def fits(t: Tensor) -> bool:
     """The last axis is dense, the other strides are whole units of 8 elements, tile offsets fit 32 bits."""
     strides = t.stride()

@@ -127,6 +127,14 @@ class ScoreProgram:
     dead_rows: DeadRows = "none"
     sink: Expr | None = None
 
+    def __hash__(self) -> int:
+        # Programs are looked up at every call.
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.score, self.mask, self.dead_rows, self.sink))
+
     @functools.cached_property
     def captures(self) -> tuple[str, ...]:
         """Names of the captured tensors, in the order of their first appearance in the text."""

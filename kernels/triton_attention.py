@@ -22,8 +22,8 @@ from flashfuse.kernels import block_map, configs, decode, dropout, sinks
 from flashfuse.kernels.codegen import LOG2E, Generated, generate
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward
 from flashfuse.kernels.launch import Launch, Launches, launch, on_device
-from flashfuse.kernels.layout import fits, is_aligned, map_strides, padded, strides_of, typed
-from flashfuse.kernels.ops import BLOCK, empty_bhsd
+from flashfuse.kernels.layout import bshd, fits, is_aligned, map_strides, padded, strides_of, typed
+from flashfuse.kernels.ops import BLOCK
 from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, SCORES_ONLY, ScoreProgram, differentiable_loads
 
 
@@ -44,7 +44,7 @@ def forward(
         ValueError: shapes do not fit each other, or dropout without a seed.
     """
     site = _site(q, k, v, captures, ints, seed, program, dropout_p)
-    out = empty_bhsd(q, (site.batch, site.heads, site.q_len, site.v_dim))
+    out = q.new_empty_strided(*site.layouts[3])
     lse = q.new_empty((site.batch, site.heads, site.q_len), dtype=torch.float32)
     if site.is_empty:
         return out.zero_(), lse.fill_(float("-inf"))
@@ -89,7 +89,7 @@ def backward(
     wanted = tuple(capture_grads)
     do = do.to(q.dtype)
     site = _site(q, k, v, captures, ints, seed, program, dropout_p, do, out, wanted)
-    dq, dk, dv = empty_bhsd(q, q.shape), empty_bhsd(k, k.shape), empty_bhsd(v, v.shape)
+    dq, dk, dv = (q.new_empty_strided(*layout) for layout in site.layouts[:3])
     if site.is_empty:
         return [dq.zero_(), dk.zero_(), dv.zero_(), *(torch.zeros_like(captures[i]) for i in wanted)]
     q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
@@ -216,6 +216,7 @@ class _Site:
         # "mean" without dropout has a closed form; otherwise dead rows take a pass of their own.
         self.uniform = program.dead_rows in REACHING
         self.fits = [fits(t) for t in tensors]
+        self.layouts = [bshd(sizes) for sizes in (q.shape, k.shape, v.shape, (*q.shape[:3], self.v_dim))]
         self.strides = [
             strides_of(t if fit else t.contiguous()) for t, fit in zip(tensors, self.fits, strict=True)
         ]
