@@ -93,12 +93,12 @@ def block_states(
         shape[axis] = count * block
         env[name] = torch.arange(count * block, device=device).clamp(max=size - 1).view(shape)
     shape4 = (*lead, nq, nkv)
-    if needs_elements(program.mask):
+    if needs_elements(program.mask, blocks):
         allowed = _per_block(program.mask, env, lead, counts, blocks)
         full, some = allowed.amin(-1) != 0, allowed.amax(-1) != 0
     else:
         kinds = {n: _kind(t) for n, t in zip(program.captures, captures, strict=True)}
-        found = bounds(program.mask, kinds)
+        found = bounds(program.mask, kinds, blocks)
         for i, source in enumerate(found.ranges):
             used = variables(source)
             needed = (nq if "q" in used else 0, nkv if "kv" in used else 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashfuse.kernels.block_map import BLOCK, block_count
 from flashfuse.kernels.codegen import CaptureType, Names, Printer, capture_type, generate, load_module, render
-from flashfuse.kernels.expr import variables
+from flashfuse.kernels.expr import variables, walk
 from flashfuse.kernels.interval import bounds, needs_elements
 from flashfuse.kernels.launch import Launch, Launches, on_device
 from flashfuse.kernels.spec import ScoreProgram
@@ -93,6 +93,11 @@ def _classifier(program: ScoreProgram, types: tuple[CaptureType, ...]) -> tuple[
         if any(axis in variables(r) for r in block.ranges):
             elements = f"{axis}0[:, None] + tl.arange(0, {BLOCK})[None, :]"
             printer.lines.append(f"{axis}i = tl.minimum({elements}, {extent} - 1)")
+    if any(
+        n.op == "load" and variables(n) & {"q0", "kv0"} for e in (block.full, block.some) for n in walk(e)
+    ):
+        # What stands behind the last block is read, too.
+        printer.lines += ["q0 = tl.minimum(q0, Sq - 1)", "kv0 = tl.minimum(kv0, Skv - 1)"]
     for i, source in enumerate(block.ranges):
         value = printer.text(source)
         for end, reduce in (("lo", "block_min"), ("hi", "block_max")):

@@ -4,11 +4,15 @@
 ``q0 ≤ q ≤ q1`` and ``kv0 ≤ kv ≤ kv1``: one that implies that *every* element is allowed, one that is
 implied by *some* element being allowed.  Both are conservative: a block is never taken for empty
 or full when it is not.
+
+What depends on ``q`` and ``kv`` by blocks only, such as ``keep[q // 128, kv // 128]``, has one value or a
+few in each block of the map.  Those are looked at instead, and the answer is exact.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,15 +20,19 @@ from flashfuse.kernels.codegen import kind_of
 from flashfuse.kernels.expr import (
     COMPARISONS,
     FALSE,
+    KV,
     ONE,
     TRUE,
     ZERO,
     Expr,
+    Q,
     add,
     call,
+    collected,
     compare,
     const,
     floordiv,
+    is_integral,
     logical_and,
     logical_not,
     logical_or,
@@ -33,6 +41,7 @@ from flashfuse.kernels.expr import (
     mod,
     mul,
     sub,
+    substitute,
     truth,
     var,
     variables,
@@ -45,13 +54,21 @@ Bound = tuple["Expr | None", "Expr | None"]
 
 _MONOTONE = ("exp", "tanh", "sigmoid")
 _WIDEN = 2.0**-18
+_NOT_ROUNDED = ("const", "var", "load", "min", "max", "where", "abs")
+
+Blocks = tuple[int, int]
+"""Sizes of a block of the map, in queries and in keys."""
+
+BLOCKS: Blocks = (128, 128)
+MOST_SAMPLES = 64
+"""Elements of a block that are looked at for a condition."""
 
 
 @dataclass(frozen=True)
 class BlockBounds:
     """``full`` implies that a whole block is allowed, ``some`` is implied by any allowed element.
 
-    Both are over ``b h q0 q1 kv0 kv1``, the lengths, integers, loads at (b, h) and, for the i-th of
+    Both are over ``b h q0 q1 kv0 kv1``, the lengths, integers, loads at those and, for the i-th of
     ``ranges``, the variables ``lo{i}`` and ``hi{i}``: its least and greatest value over the block.
     """
 
@@ -60,26 +77,71 @@ class BlockBounds:
     ranges: tuple[Expr, ...]
 
 
-def needs_elements(mask: Expr) -> bool:
-    """True where a load depends on both q and kv, so that every element must be looked at."""
-    return any(node.op == "load" and {"q", "kv"} <= variables(node) for node in walk(mask))
+def needs_elements(mask: Expr, blocks: Blocks = BLOCKS) -> bool:
+    """True where a load depends on both q and kv, so that every element must be looked at.
+
+    Not where it has few values in a block.
+    """
+    return any(
+        _loads_both(node) and sample_count(node, blocks) > MOST_SAMPLES
+        for node in walk(mask)
+        if node.op == "load"
+    )
 
 
-def bounds(mask: Expr, kinds: Mapping[str, str]) -> BlockBounds:
-    """The two block conditions of ``mask``; ``kinds`` as for ``codegen.kind_of``."""
-    return _bounds(mask, tuple(sorted(kinds.items())))
+@functools.lru_cache(maxsize=1 << 14)
+def step(e: Expr, name: str) -> int:
+    """A number n such that ``e`` depends on the variable ``name`` through ``name // n`` only; 0: not at all.
+
+    The largest that is seen by form: ``(q + 64) // 128`` changes at 64, 192, …, so that its step is 64.
+    """
+    if e.op == "var":
+        return int(e.args[0] == name)
+    if e.op == "//" and is_integral(e) and e.args[1].is_const and e.args[1].value > 0:
+        terms = collected(e.args[0])
+        shift = terms.pop(None, 0)
+        if terms == {var(name): 1}:
+            return math.gcd(int(e.args[1].value), int(shift))
+    return math.gcd(*(step(a, name) for a in e.operands))
+
+
+def sample_count(e: Expr, blocks: Blocks) -> int:
+    """How many elements of a block say what ``e`` is everywhere in it."""
+    return math.prod(len(points) for points in _points(e, blocks))
+
+
+def _points(e: Expr, blocks: Blocks) -> list[list[Expr]]:
+    """Queries and keys of a block such that their pairs take every value that ``e`` has there."""
+    found = []
+    for name, block in zip(("q", "kv"), blocks, strict=True):
+        first, last = var(f"{name}0"), var(f"{name}1")
+        stride = math.gcd(step(e, name), block)
+        found.append([first, *(minimum(add(first, const(i)), last) for i in range(stride, block, stride))])
+    return found
+
+
+def _loads_both(load: Expr) -> bool:
+    return {"q", "kv"} <= variables(load)
+
+
+def bounds(mask: Expr, kinds: Mapping[str, str], blocks: Blocks = BLOCKS) -> BlockBounds:
+    """The two block conditions of ``mask``; ``kinds`` as for ``codegen.kind_of``.
+
+    Blocks start at multiples of their sizes.
+    """
+    return _bounds(mask, tuple(sorted(kinds.items())), blocks)
 
 
 @functools.lru_cache(maxsize=1024)
-def _bounds(mask: Expr, kinds: tuple[tuple[str, str], ...]) -> BlockBounds:
-    visitor = _Bounds(dict(kinds))
+def _bounds(mask: Expr, kinds: tuple[tuple[str, str], ...], blocks: Blocks) -> BlockBounds:
+    visitor = _Bounds(dict(kinds), blocks)
     full, some = visitor.condition(truth(mask))
     return BlockBounds(full, some, tuple(visitor.ranges))
 
 
 class _Bounds:
-    def __init__(self, kinds: Mapping[str, str]) -> None:
-        self.kinds = kinds
+    def __init__(self, kinds: Mapping[str, str], blocks: Blocks) -> None:
+        self.kinds, self.blocks = kinds, blocks
         self.ranges: dict[Expr, int] = {}
         self._conditions: dict[Expr, tuple[Expr, Expr]] = {}
         self._values: dict[Expr, Bound] = {}
@@ -87,8 +149,20 @@ class _Bounds:
     def condition(self, e: Expr) -> tuple[Expr, Expr]:
         """(certainly true, possibly true)."""
         if e not in self._conditions:
-            self._conditions[e] = self._condition(e)
+            seen = self.samples(e)
+            found = (logical_and(*seen), logical_or(*seen)) if seen else self._condition(e)
+            self._conditions[e] = found
         return self._conditions[e]
+
+    def samples(self, e: Expr) -> list[Expr]:
+        """``e`` at a few elements, which has no other value in the block; empty where they are too many."""
+        if sample_count(e, self.blocks) > MOST_SAMPLES:
+            return []
+        if any(n.op not in _NOT_ROUNDED and kind_of(n, self.kinds) == "float" for n in walk(e)):
+            # Each element may be rounded in another way.
+            return []
+        queries, keys = _points(e, self.blocks)
+        return [substitute(e, {Q: q, KV: kv}.get) for q in queries for kv in keys]
 
     def _condition(self, e: Expr) -> tuple[Expr, Expr]:
         op, args = e.op, e.args
@@ -125,8 +199,7 @@ class _Bounds:
     def value(self, e: Expr) -> Bound:
         if e not in self._values:
             bound = self._value(e)
-            computed = e.op not in ("const", "var", "load", "min", "max", "where", "abs")
-            if computed and variables(e) & {"q", "kv"} and kind_of(e, self.kinds) == "float":
+            if e.op not in _NOT_ROUNDED and variables(e) & {"q", "kv"} and kind_of(e, self.kinds) == "float":
                 # Cancellation: a sum is as inexact as its largest term.
                 terms = [self.value(a) for a in e.operands] if e.op == "+" else [bound]
                 bound = _widened(bound, terms)
@@ -136,6 +209,9 @@ class _Bounds:
     def _value(self, e: Expr) -> Bound:
         op, args = e.op, e.args
         names = variables(e)
+        if op == "load" and _loads_both(e):
+            # NaN has no place between a least and a greatest value.
+            return _corners(self.samples(e)) if self.kinds[args[0]] != "float" else (None, None)
         if op == "load" and names & {"q", "kv"}:
             i = self.ranges.setdefault(e, len(self.ranges))
             return var(f"lo{i}"), var(f"hi{i}")

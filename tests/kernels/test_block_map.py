@@ -11,18 +11,19 @@ from flashfuse.kernels.spec import ScoreProgram
 CPU = torch.device("cpu")
 
 
-def truth(program, captures, ints, sizes):
+def truth(program, captures, ints, sizes, blocks=(BLOCK, BLOCK)):
     """EMPTY, PARTIAL or FULL of every block by looking at every element."""
     lead = block_map.leading_sizes(program, sizes)
     env = environment(program, captures, ints, (*lead, *sizes[2:]), CPU)
     allowed = torch.as_tensor(evaluate(program.mask, env)) != 0
     allowed = allowed.expand(*lead, *sizes[2:])
-    nq, nkv = block_map.block_count(sizes[2]), block_map.block_count(sizes[3])
+    (bq, bkv), nq = blocks, block_map.block_count(sizes[2], blocks[0])
+    nkv = block_map.block_count(sizes[3], bkv)
     states = torch.zeros(*lead, nq, nkv, dtype=torch.int8)
     for i in range(nq):
         for j in range(nkv):
-            tile = allowed[..., i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
-            full = tile.flatten(-2).all(-1) & ((j + 1) * BLOCK <= sizes[3])
+            tile = allowed[..., i * bq : (i + 1) * bq, j * bkv : (j + 1) * bkv]
+            full = tile.flatten(-2).all(-1) & ((j + 1) * bkv <= sizes[3])
             states[..., i, j] = torch.where(
                 full, FULL, torch.where(tile.flatten(-2).any(-1), PARTIAL, EMPTY)
             ).char()
@@ -55,6 +56,11 @@ def captures_of(program, sizes, seed=0):
         "span": torch.tensor([0.0, 40.5, 300.0, 1e9])[:h],
         "last": torch.arange(sq) * 2 + 70,
         "nan": torch.full((skv,), float("nan")),
+        "keep": torch.rand(h, 5, 7, generator=g) < 0.4,
+        "fine": torch.rand(12, 12, generator=g).repeat_interleave(2, 0) < 0.6,
+        "tiny": torch.rand(44, 44, generator=g) < 0.9,
+        "level": torch.randint(-300, 300, (5, 6), generator=g),
+        "real": torch.randn(5, 6, generator=g).masked_fill(torch.rand(5, 6, generator=g) < 0.3, torch.nan),
     }
     return [made[name] for name in program.captures]
 
@@ -79,8 +85,26 @@ EXACT = [
     "not (kv <= q)",
     "where(h == 0, kv <= q, kv >= q)",
     "max(kv, q) - min(kv, q) <= 100",
+    "keep[h, q//128, kv//128]",
+    "keep[h, q//128, kv//128] and kv <= q",
+    "keep[h, q//256, (kv + 128)//128] or kv < 128",
+    "fine[q//64, kv//64]",
+    "tiny[q//16, kv//16]",
+    "not keep[0, q//128, kv//128] and pad[b, kv]",
+    "level[q//128, kv//128] > 2 and doc[b, 0] == 0",
+    "real[q//128, kv//128] < 0.5",
+    "not (real[q//128, kv//128] < 0.5)",
+    "(q//128 - kv//128) % 3 == 0",
+    "1024 % max(abs(q//128 - kv//128), 1) == 0",
+    "min(q//64, kv//64)//max(abs(q//64 - kv//64), 1) % 2 == 0",
+    "q//256 == kv//256 and q//64 % 2 == kv//64 % 2",
 ]
 CONSERVATIVE = [
+    "level[q//128, kv//128] <= q - kv",
+    "fine[q//64, kv//64] and kv <= q",
+    "real[q//128, kv//128] > (q - kv)*0.01",
+    "keep[h, min((q + Skv - Sq)//128, 4), kv//128]",
+    "fine[min(q, 383)//32, min(kv + 30, 383)//32] and kv > 3",
     "kv % 3 == 0",
     "kv % 512 < 128",
     "(kv - q)*(kv - q) < 10000",
@@ -131,6 +155,23 @@ def test_never_wrong(text, sizes):
     ours, expected = run(text, sizes)
     assert not ((ours == EMPTY) & (expected != EMPTY)).any(), "an allowed element lies in an empty block"
     assert not ((ours == FULL) & (expected != FULL)).any(), "a masked element lies in a full block"
+
+
+@pytest.mark.parametrize("blocks", [(64, 32), (6, 4), (3, 200), (256, 128)], ids=str)
+@pytest.mark.parametrize(
+    "text", ["fine[q//64, kv//64]", "keep[h, q//128, kv//128] and kv <= q", "q//6 % 2 == kv//4"]
+)
+def test_blocks_of_other_sizes(text, blocks):
+    sizes = (1, 4, 300, 333)
+    program = ScoreProgram.parse(f"s where {text}").mask_program
+    captures = captures_of(program, sizes)
+    ours = block_map.block_states(captures, (), CPU, sizes, program, blocks)
+    expected = truth(program, captures, (), sizes, blocks)
+    assert (
+        not ((ours == EMPTY) & (expected != EMPTY)).any() and not ((ours == FULL) & (expected != FULL)).any()
+    )
+    if " and " not in text:
+        assert torch.equal(ours, expected)
 
 
 def test_causal_and_window_visit_what_they_must():

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 
+from flashfuse.kernels import block_map
 from flashfuse.kernels.spec import ScoreProgram
 
 triton = pytest.importorskip("triton")
@@ -16,6 +17,8 @@ pytestmark = pytest.mark.skipif(
 
 BF16, F32 = torch.bfloat16, torch.float32
 CAUSAL = "s*0.125 where kv <= q"
+FURTHER = "max(abs(q//128 - kv//128), 1)"
+BUTTERFLY = f"q//128 == kv//128 or 1048576 % {FURTHER} == 0 and min(q//128, kv//128)//{FURTHER} % 2 == 0"
 SITES = {
     "dense 64": {"text": "s*0.125"},
     "causal 128": {"text": CAUSAL, "dim": 128},
@@ -26,6 +29,8 @@ SITES = {
     "sinks 64": {"text": f"{CAUSAL} sink sinks[h]", "captures": [(4,)]},
     "sinks 128": {"text": f"{CAUSAL} sink sinks[h]", "captures": [(4,)], "dim": 128},
     "float32 64": {"text": CAUSAL, "dtype": F32},
+    "block mask 64": {"text": f"{CAUSAL} and keep[h, q//64, kv//64] else zero", "captures": [(4, 4, 4)]},
+    "butterfly 64": {"text": f"{CAUSAL} and ({BUTTERFLY})", "length": 1024},
 }
 LAST = "s*0.125 where kv <= q + Skv - Sq"
 FEW_QUERIES = {
@@ -113,8 +118,11 @@ def compiled(monkeypatch, tmp_path):
             k, v = (torch.empty(1, 2, length, dim, dtype=dtype) for _ in range(2))
             tensors = [torch.empty(shape, dtype=dtype) for shape in captures]
             maps, sizes = [], (1, heads, q_len or length, length)
-            if program.mask is not None and not program.mask_program.captures:
-                maps = block_map_triton.build_on_device((), (), q.device, (1, 1), sizes, program.mask_program)
+            if program.mask is not None:
+                mask = program.mask_program
+                read = [tensors[program.captures.index(name)] for name in mask.captures]
+                lead = block_map.leading_sizes(mask, sizes)
+                maps = block_map_triton.build_on_device(read, (), q.device, lead, sizes, mask)
             seed = torch.tensor([1]) if dropout_p else None
             site = (tensors, (), maps, seed, program, dropout_p)
             out, lse = triton_attention.forward(q, k, v, *site)
