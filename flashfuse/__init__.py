@@ -10,18 +10,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashfuse.api import explain, rewrite, verify
+    from flashfuse.api import explain, rewrite, sparsify, verify
     from flashfuse.backend import FlashFuseWarning, clear_reports, last_report, reports
     from flashfuse.functional import NotFusible, attention
+    from flashfuse.passes.patterns import BlockMask, Butterfly, LocalGlobal
     from flashfuse.report import Report
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BlockMask": "passes.patterns",
+    "Butterfly": "passes.patterns",
+    "LocalGlobal": "passes.patterns",
     "NotFusible": "functional",
     "attention": "functional",
     "explain": "api",
     "rewrite": "api",
+    "sparsify": "api",
     "verify": "api",
     "FlashFuseWarning": "backend",
     "clear_reports": "backend",
@@ -31,7 +36,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "BlockMask",
+    "Butterfly",
     "FlashFuseWarning",
+    "LocalGlobal",
     "NotFusible",
     "Report",
     "attention",
@@ -40,6 +48,7 @@ __all__ = [
     "last_report",
     "reports",
     "rewrite",
+    "sparsify",
     "verify",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,11 +16,12 @@ from flashfuse import repro
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import nodes
 from flashfuse.passes.plan import Fuse, Left, SitePlan
+from flashfuse.passes.tables import sizes_of
 from flashfuse.proof import prove
 from flashfuse.proof.certificate import Certificate, NotProvable
 from flashfuse.proof.key import site_key, site_nodes
 from flashfuse.report import CheckItem, SiteCheck
-from flashfuse.site import extract
+from flashfuse.site import Site, extract, extract_approximation
 
 MAX_SITE_BYTES = 6 << 30
 """A site whose float64 score matrices would take more is not compared on its own."""
@@ -48,6 +49,7 @@ class SiteChecker:
     proof_ms: float = 0.0
     numbers_ms: float = 0.0
     _done: dict[Hashable, _Done] = field(default_factory=dict)
+    _compared: dict[Hashable, SiteCheck] = field(default_factory=dict)
 
     def check_all(self, plans: Sequence[SitePlan]) -> tuple[tuple[SitePlan, ...], dict[str, SiteCheck]]:
         """The plans with every site that did not pass left, and the check of each site by name."""
@@ -61,6 +63,41 @@ class SiteChecker:
                 plan = plan if reason is None else Left(plan.region, (reason,))
             kept.append(plan)
         return tuple(kept), checks
+
+    def check_approximations(
+        self, plans: Sequence[SitePlan], checks: Mapping[str, SiteCheck]
+    ) -> tuple[tuple[SitePlan, ...], dict[str, SiteCheck]]:
+        """As :meth:`check_all`, for what approximate sites compute beside what was proved.
+
+        Under ``full`` the real kernels are compared with attention by definition under the same pattern.
+        """
+        found = dict(checks)
+        kept: list[SitePlan] = []
+        for plan in plans:
+            if isinstance(plan, Fuse) and plan.approximation is not None and self.policy == "full":
+                name, where = plan.region.name, plan.region.source
+                known, compared = found[name], self._compared_approximation(plan)
+                found[name] = dataclasses.replace(
+                    known,
+                    ok=known.ok and compared.ok,
+                    items=(*known.items, *compared.items),
+                    not_compared=known.not_compared or compared.not_compared,
+                )
+                if not compared.ok:
+                    message = f"the kernels differ from the definition in {_difference(compared)}"
+                    plan = Left(plan.region, (Reason("check_failed", message, where),))
+            kept.append(plan)
+        return tuple(kept), found
+
+    def _compared_approximation(self, plan: Fuse) -> SiteCheck:
+        captures = (plan.region.scope.captures[c] for c in plan.region.program.captures)
+        key = (site_key(plan), tuple(map(str, map(sizes_of, captures))))
+        if key not in self._compared:
+            with torch._subclasses.fake_tensor.unset_fake_temporarily():
+                check = self._compare(plan, SiteCheck(True), extract_approximation)
+            items = tuple(dataclasses.replace(i, name=f"{i.name} under the pattern") for i in check.items)
+            self._compared[key] = dataclasses.replace(check, items=items)
+        return self._compared[key]
 
     def check(self, plan: Fuse) -> SiteCheck:
         """What is known of one site."""
@@ -95,7 +132,7 @@ class SiteChecker:
             self.proof_ms += (time.perf_counter() - started) * 1e3
         return SiteCheck(certificate.ok, proof=certificate)
 
-    def _compare(self, plan: Fuse, check: SiteCheck) -> SiteCheck:
+    def _compare(self, plan: Fuse, check: SiteCheck, extract: Callable[[Fuse], Site] = extract) -> SiteCheck:
         too_large = _not_comparable(plan)
         if too_large:
             return dataclasses.replace(check, not_compared=too_large)

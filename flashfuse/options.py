@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flashfuse.kernels.dispatch import Kernels
+from flashfuse.passes.patterns import Pattern, Sparsity, read
 
 Verify = Literal["proof", "full", "off"]
+_OWN = ("inner", "verify", "kernels", "repro", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Options:
         kernels: what runs a site on cuda.  ``auto``: our own kernels, and PyTorch's (cuDNN) for plain dense
             sites where those were measured to be faster; ``triton``: our own only; ``native``: PyTorch's
             wherever they can, our own for all other sites.
+        sparsity: a pattern that makes the fused sites approximate, or what chooses one for each site;
+            ``None``: attention is exact.
         mode: Inductor's ``mode``.
         inductor: options passed on to Inductor.
     """
@@ -35,6 +39,7 @@ class Options:
     verify: Verify = "proof"
     repro: Path | None = None
     kernels: Kernels = "auto"
+    sparsity: Sparsity | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,6 +55,7 @@ class Options:
         verify = rest.pop("verify", Options.verify)
         repro = rest.pop("repro", None)
         kernels = rest.pop("kernels", Options.kernels)
+        sparsity = _sparsity(rest.pop("sparsity", None))
         if verify not in get_args(Verify):
             raise ValueError(f"expected verify to be one of {', '.join(get_args(Verify))}, got {verify!r}")
         if kernels not in get_args(Kernels):
@@ -65,16 +71,24 @@ class Options:
         elif not callable(inner):
             raise ValueError(f"expected inner to be the name of a backend or a callable, got {inner!r}")
         if rest and inner != "inductor":
-            raise ValueError(f"unknown option {next(iter(rest))!r}; expected inner, verify, kernels or repro")
+            raise ValueError(f"unknown option {next(iter(rest))!r}; expected {', '.join(_OWN)}")
         if rest:
             from torch._inductor import config
 
             unknown = [name for name in rest if name.replace("-", "_") not in config.shallow_copy_dict()]
             if unknown:
                 raise ValueError(
-                    f"unknown option {unknown[0]!r}; "
-                    "expected inner, verify, kernels, repro, or an option of Inductor"
+                    f"unknown option {unknown[0]!r}; expected {', '.join(_OWN)}, or an option of Inductor"
                 )
         if mode is not None and inner != "inductor":
             raise ValueError(f"mode={mode!r} is Inductor's; the inner compiler is {inner!r}")
-        return Options(inner, verify, None if repro is None else Path(repro), kernels, mode, rest)
+        return Options(inner, verify, None if repro is None else Path(repro), kernels, sparsity, mode, rest)
+
+
+def _sparsity(value: object) -> Sparsity | None:
+    if value is None or (callable(value) and not isinstance(value, (type, Pattern))):
+        return value
+    try:
+        return read(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sparsity: {error}") from error

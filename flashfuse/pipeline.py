@@ -1,19 +1,19 @@
 """The pipeline, on one screen.
 
 ``find_regions`` lifts and analyses every site, ``plan`` decides, ``SiteChecker`` proves or compares,
-``rewrite`` emits, and the report says what came of it.  Stages are plain functions of values; the input graph
-is never changed.
+``rewrite`` emits, and the report says what came of it.  Between the two, and only where it was asked for,
+``sparsify`` makes sites approximate.  Stages are plain functions of values; the input graph is never changed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
 from flashfuse.checker import SiteChecker
-from flashfuse.kernels.dispatch import Kernels
 from flashfuse.kernels.spec import Reason
 from flashfuse.options import Options
 from flashfuse.passes import nodes
@@ -23,6 +23,7 @@ from flashfuse.passes.inline import inline
 from flashfuse.passes.plan import Fuse, Left, SitePlan, loads_full, plan
 from flashfuse.passes.region import AttentionRegion
 from flashfuse.passes.rewrite import copy_graph_module, rewrite
+from flashfuse.passes.sparsify import sparsify
 from flashfuse.report import Report, SiteCheck, SiteReport
 
 
@@ -38,7 +39,7 @@ def run(
     checker = None
     if options.verify != "off":
         checker = SiteChecker(options.verify, options.repro, on_step)
-    new, sites = _run(gm, checker, options.kernels)
+    new, sites = _run(gm, checker, options)
     proof_ms, numbers_ms = (checker.proof_ms, checker.numbers_ms) if checker is not None else (0.0, 0.0)
     report = Report(
         sites=sites,
@@ -53,14 +54,14 @@ def run(
 
 
 def _run(
-    gm: fx.GraphModule, checker: SiteChecker | None, kernels: Kernels
+    gm: fx.GraphModule, checker: SiteChecker | None, options: Options
 ) -> tuple[fx.GraphModule, tuple[SiteReport, ...]]:
-    new, plans, checks = _rewritten(gm, checker, kernels)
+    new, plans, checks = _rewritten(gm, checker, options)
     sites = [site_report(p, checks.get(p.region.name if isinstance(p, Fuse) else p.site.name)) for p in plans]
     changed = any(isinstance(p, Fuse) for p in plans)
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule):
-            new_child, inner = _run_body(new, name, checker, kernels)
+            new_child, inner = _run_body(new, name, checker, options)
             sites += inner
             if new_child is not child:
                 setattr(new, name, new_child)
@@ -69,7 +70,7 @@ def _run(
 
 
 def _run_body(
-    caller: fx.GraphModule, name: str, checker: SiteChecker | None, kernels: Kernels
+    caller: fx.GraphModule, name: str, checker: SiteChecker | None, options: Options
 ) -> tuple[fx.GraphModule, tuple[SiteReport, ...]]:
     """As :func:`_run`, for the graph called ``name`` inside ``caller``, a copy.
 
@@ -77,17 +78,18 @@ def _run_body(
     """
     body: fx.GraphModule = caller.get_submodule(name)  # type: ignore[assignment]
     arguments = movable(caller, name)
-    if arguments and any(site.given_full for site in _run(body, None, kernels)[1]):
+    exact = dataclasses.replace(options, sparsity=None)
+    if arguments and any(site.given_full for site in _run(body, None, exact)[1]):
         inside, operands = move_in(caller, name, arguments)
-        new, sites = _run(inside, checker, kernels)
+        new, sites = _run(inside, checker, options)
         if all(site.status == "fused" and not site.loads_full for site in sites):
             call_with(caller, name, operands)
             return new, sites
-    return _run(body, checker, kernels)
+    return _run(body, checker, options)
 
 
 def _rewritten(
-    gm: fx.GraphModule, checker: SiteChecker | None, kernels: Kernels
+    gm: fx.GraphModule, checker: SiteChecker | None, options: Options
 ) -> tuple[fx.GraphModule, tuple[SitePlan, ...], dict[str, SiteCheck]]:
     """A rewritten copy of ``gm``, what became of each site, and the checks.
 
@@ -100,10 +102,14 @@ def _rewritten(
         new = copy_graph_module(gm)
         inlined = inline(new, wanted)
         nodes.name_in_place_results(new.graph)
-        plans = plan(find_regions(new.graph), kernels)
+        plans = plan(find_regions(new.graph), options.kernels)
         checks: dict[str, SiteCheck] = {}
         if checker is not None:
             plans, checks = checker.check_all(plans)
+        if options.sparsity is not None:
+            plans = sparsify(new, plans, options.sparsity, options.kernels)
+            if checker is not None:
+                plans, checks = checker.check_approximations(plans, checks)
         plans = rewrite(new, plans)
         regions = [p.region for p in plans if isinstance(p, Fuse)]
         fused = {n for r in regions for n in (r.output, *r.interior, *r.masks)}
@@ -161,6 +167,7 @@ def site_report(plan: SitePlan, check: SiteCheck | None) -> SiteReport:
         check=check,
         loads_full=tuple(name for name, given in full.items() if not given),
         given_full=tuple(name for name, given in full.items() if given),
+        approximation=plan.approximation if isinstance(plan, Fuse) else None,
     )
 
 

@@ -21,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flashfuse.kernels.spec import AVERAGING, AttentionShape, Reason
-from flashfuse.passes.plan import Cost
+from flashfuse.passes.plan import Approximation, Cost
 from flashfuse.proof.certificate import Certificate
 
 __all__ = [
+    "Approximation",
     "AttentionShape",
     "Certificate",
     "CheckItem",
@@ -128,6 +129,8 @@ class SiteReport:
         loads_full: captures that hold something for every pair of a query and a key, [.., Sq, Skv], and that
             the graph builds.
         given_full: such captures that the model hands over: inputs, parameters and views of them.
+        approximation: the pattern that was asked for, which is in ``program`` and ``mask`` but not in
+            what was proved; ``None``: the site is exact.
     """
 
     name: str
@@ -146,6 +149,7 @@ class SiteReport:
     check: SiteCheck | None = None
     loads_full: tuple[str, ...] = ()
     given_full: tuple[str, ...] = ()
+    approximation: Approximation | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,10 @@ class Report:
         return sum(site.status == "fused" and _is_proved(site) for site in self.sites)
 
     @property
+    def num_approximate(self) -> int:
+        return sum(site.approximation is not None for site in self.sites)
+
+    @property
     def ok(self) -> bool:
         """No check that ran failed."""
         checks = [self.check, *(site.check for site in self.sites)]
@@ -196,6 +204,7 @@ class Report:
             "num_sites": self.num_sites,
             "num_fused": self.num_fused,
             "num_proved": self.num_proved,
+            "num_approximate": self.num_approximate,
             "ok": self.ok,
             "hbm_bytes_before": hbm[0] if hbm else None,
             "hbm_bytes_after": hbm[1] if hbm else None,
@@ -258,6 +267,9 @@ def _render(report: Report) -> Iterable[RenderableType]:
     yield _headline(report)
     for warning in report.warnings:
         yield Text.assemble(("warning: ", "bold yellow"), warning)
+    if report.num_approximate:
+        are = "site is" if report.num_approximate == 1 else "sites are"
+        yield Text(f"{report.num_approximate} {are} APPROXIMATE, as asked for", style="bold magenta")
     groups = _fold(report.sites)
     fused = [group for group in groups if group[0].status == "fused"]
     left = [group for group in groups if group[0].status == "left"]
@@ -344,6 +356,8 @@ def _table(facts: Iterable[tuple[str, str]]) -> RenderableType:
 
 
 def _facts_of(site: SiteReport) -> Iterable[tuple[str, str]]:
+    if site.approximation is not None:
+        yield "APPROXIMATE", _approximation(site.approximation)
     if site.program:
         yield "score", site.program.partition(" where ")[0]
         yield "mask", _mask(site)
@@ -425,6 +439,12 @@ def _mask(site: SiteReport) -> str:
     return site.mask + left + (f"; a row without keys gives {dead}" if dead else "")
 
 
+def _approximation(made: Approximation) -> str:
+    kept = f"keeps {made.density:.1%} of the scores" if made.density is not None else ""
+    exact = f" where the exact mask keeps {made.exact_density:.1%}" if made.exact_density is not None else ""
+    return f"{made.pattern}" + (f": {kept}{exact}" if kept else "") + "; the proof is that of the exact site"
+
+
 def _short(source: str) -> str:
     """A source line without the part of its path that says only where packages are installed."""
     return re.sub(r"^\S*/(?:site|dist)-packages/", "", source)
@@ -465,6 +485,8 @@ def _render_model_check(check: ModelCheck) -> Iterable[RenderableType]:
             site = group[0]
             yield Text.assemble("  ", (_names(group), "green" if site.status == "fused" else "yellow"))
             facts = list(_proof_of(site.check)) if site.check is not None else []
+            if site.approximation is not None:
+                facts.insert(0, ("APPROXIMATE", _approximation(site.approximation)))
             yield _table([*facts, *(_reasons_of(site) if site.status == "left" else ())])
         yield Text()
     yield Text(RULE, style="bold")

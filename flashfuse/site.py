@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from flashfuse.approximation import by_definition
 from flashfuse.footprint import devices_of
 from flashfuse.inputs import Draw, InputSet, input_sets, normal
 from flashfuse.kernels import dispatch
@@ -261,6 +263,14 @@ def extract(plan: Fuse) -> Site:
         tuple(str(node.target) for node in inputs), tuple(node.meta["val"] for node in inputs), given,
         tuple(f"out[{i}]" for i in range(1, 1 + len(region.weights))), plan.selection.variant.repeatable,
     )  # fmt: skip
+
+
+def extract_approximation(plan: Fuse) -> Site:
+    """The site of an approximate ``plan``, whose original is attention by definition under the pattern."""
+    site = extract(plan)
+    defined = by_definition(site.operator)
+    original = _within(autocast_around(plan.region), defined)
+    return dataclasses.replace(site, original=original, reference=exact_copy(defined))
 
 
 def _replacement(

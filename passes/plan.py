@@ -40,12 +40,33 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Approximation:
+    """What was asked for beside the site's own mask.
+
+    Attributes:
+        pattern: which keys are kept.
+        density: the fraction of scores that mask and pattern leave, apart from what depends on data such as
+            padding; ``None`` if it is not known.
+        exact_density: the same of the mask alone.
+    """
+
+    pattern: str
+    density: float | None
+    exact_density: float | None
+
+
+@dataclass(frozen=True)
 class Fuse:
-    """Replace the site; ``selection`` says by which kernels."""
+    """Replace the site; ``selection`` says by which kernels.
+
+    With an ``approximation`` the region's program is not the one that was proved, but has a pattern in its
+    mask as well.
+    """
 
     region: AttentionRegion
     selection: dispatch.Selection
     cost: Cost
+    approximation: Approximation | None = None
 
 
 @dataclass(frozen=True)
