@@ -83,6 +83,38 @@ def _mistral() -> torch.nn.Module:
     return transformers.MistralModel(config)
 
 
+def _bert_large() -> torch.nn.Module:
+    config = transformers.BertConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    )  # fmt: skip
+    return transformers.BertForMaskedLM(config)
+
+
+def _t5() -> torch.nn.Module:
+    config = transformers.T5Config(
+        d_model=768, d_ff=3072, num_layers=12, num_heads=12, use_cache=False, decoder_start_token_id=0
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def _gemma2() -> torch.nn.Module:
+    config = transformers.Gemma2Config(
+        hidden_size=1024, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+        intermediate_size=4096, vocab_size=32000, sliding_window=1024, use_cache=False,
+    )  # fmt: skip
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def _translation(batch: int, source: int, target: int) -> Callable[[torch.device], dict[str, Any]]:
+    """Inputs of an encoder-decoder: the decoder's are made from the labels."""
+
+    def make(device: torch.device) -> dict[str, Any]:
+        inputs = _ids(batch, source, 32128)(device)
+        return inputs | {"labels": _ids(batch, target, 32128)(device)["input_ids"]}
+
+    return make
+
+
 def _prefill(batch: int, length: int, vocab: int, pad: str = "") -> dict[str, Any]:
     """Inputs of an inference workload; the equality check runs at a short, odd length."""
     return {
@@ -92,8 +124,8 @@ def _prefill(batch: int, length: int, vocab: int, pad: str = "") -> dict[str, An
     }
 
 
-def _training(batch: int, length: int, vocab: int) -> dict[str, Any]:
-    return {"train": True, "inputs": _ids(batch, length, vocab), "small": _ids(2, 111, vocab)}
+def _training(batch: int, length: int, vocab: int, pad: str = "") -> dict[str, Any]:
+    return {"train": True, "inputs": _ids(batch, length, vocab, pad), "small": _ids(2, 111, vocab, pad)}
 
 
 _CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
@@ -107,6 +139,18 @@ WORKLOADS = (
     Workload("gpt2-train-2x512", build=_gpt2, **_CPU, **_training(2, 512, 50257)),
     Workload("gpt2-inference-1x2048", build=_gpt2, **_CPU, **_prefill(1, 2048, 50257)),
     Workload("gpt2-train-16x1024", build=_gpt2, **_GPU, **_training(16, 1024, 50257)),
+    Workload(
+        "bert-large-train-32x512-padded", build=_bert_large, **_GPU, **_training(32, 512, 30522, "right")
+    ),
+    Workload(
+        "t5-base-train-8x1024-256",
+        build=_t5,
+        **_GPU,
+        train=True,
+        inputs=_translation(8, 1024, 256),
+        small=_translation(2, 111, 33),
+    ),
+    Workload("gemma2-train-4x4096", build=_gemma2, **_GPU, **_training(4, 4096, 32000)),
     Workload(
         "llama-prefill-2x8192-left-padded",
         build=_llama,
@@ -197,7 +241,7 @@ def _step(
         return infer
 
     def loss_of(**kwargs: Any) -> torch.Tensor:
-        return model(**kwargs, labels=kwargs["input_ids"]).loss
+        return model(**{"labels": kwargs["input_ids"], **kwargs}).loss
 
     compiled_loss = torch.compile(loss_of, backend=backend) if backend else loss_of
 

@@ -506,7 +506,7 @@ def backward_table(  # type: ignore[no-untyped-def]
     Q, K, V, DOut, Lse, Delta, Norm, Seed, ptrs, gptrs, nums, gnums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
     BATCH, H, GROUP, Sq, Skv, parts, threshold, drop_scale,
-    SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr, REACH: tl.constexpr,
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
@@ -525,7 +525,7 @@ def backward_table(  # type: ignore[no-untyped-def]
     diagonal = diagonals // 2 + tl.where(rank % 2 == 1, -step, step)
     first_q = tl.maximum(q_tiles - 1 - diagonal, 0)
     first_kv = tl.maximum(diagonal - (q_tiles - 1), 0)
-    length = tl.minimum(q_tiles - first_q, kv_tiles - first_kv)
+    length_of_one = tl.minimum(q_tiles - first_q, kv_tiles - first_kv)
     first_b = part * BATCH // parts
     last_b = (part + 1) * BATCH // parts
     local = tl.arange(0, TILE)
@@ -533,42 +533,46 @@ def backward_table(  # type: ignore[no-untyped-def]
     seed = 0
     if DROPOUT:
         seed = tl.load(Seed)
+    length = (last_b - first_b) * length_of_one
+    if REACH is not None:
+        # What distances alone forbid is forbidden in every tile of the diagonal.
+        rows, columns = first_q * TILE + local, first_kv * TILE + local
+        reached = REACH(first_b, h, rows[:, None], columns[None, :], Sq, Skv, ptrs, nums)
+        length = tl.where(tl.max(tl.max(reached.to(tl.int32), 1), 0) > 0, length, 0)
     total = tl.zeros([TILE, TILE], tl.float32)
-    for i in range(0, (last_b - first_b) * length):
-        b = first_b + i // length
-        first = (first_q + i % length) * TILE
-        start = (first_kv + i % length) * TILE
+    for i in range(0, length):
+        b = first_b + i // length_of_one
+        first = (first_q + i % length_of_one) * TILE
+        start = (first_kv + i % length_of_one) * TILE
         b64, first64 = b.to(tl.int64) * 8, first.to(tl.int64) * 8
-        rows = tl.minimum(first + local, Sq - 1)
-        seen = True
-        if MASK is not None:
-            columns = tl.minimum(start + local, Skv - 1)
-            of_tile = MASK(b, h, rows[:, None], columns[None, :], Sq, Skv, ptrs, nums)
-            seen = tl.max(tl.max(of_tile.to(tl.int32), 1), 0) > 0
-        if seen:
-            bh = b * H + h
-            at = bh.to(tl.int64) * Sq + first + local
+        bh = b * H + h
+        at = bh.to(tl.int64) * Sq + first + local
+        if EVEN:
+            lse = tl.load(Lse + at)
+            delta = tl.load(Delta + at)
+        else:
             in_range = local < Sq - first
             lse = tl.load(Lse + at, mask=in_range, other=float("inf"))
             delta = tl.load(Delta + at, mask=in_range, other=0.0)
-            norm = lse
-            if not FOLDED:
-                norm = tl.load(Norm + at, mask=in_range, other=0.0)
-            q_base = Q + b64 * sqb + h64 * sqh + first64 * sqs
-            do_base = DOut + b64 * sgb + h64 * sgh + first64 * sgs
-            q = load_rows(q_base, local, sqs, Sq - first, D, D_PAD, not EVEN)
-            do = load_rows(do_base, local, sgs, Sq - first, DV, DV_PAD, not EVEN)
-            k_base, v_base = K + b64 * skb + kvh64 * skh, V + b64 * svb + kvh64 * svh
-            ds, s, _, kv, _ = _ds_tile(
-                q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
-                ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
-                D, DV, D_PAD, DV_PAD, TILE, TILE, DROPOUT, not EVEN, PRECISION, False,
-            )  # fmt: skip
-            if SLOPE is not None:
-                # A weight of 0 has no part in it, even where the derivative overflows.
-                of_load = SLOPE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-                ds = tl.where(ds == 0.0, 0.0, ds * of_load)
-            total += ds
+        norm = lse
+        if not FOLDED:
+            norm = tl.load(Norm + at, mask=local < Sq - first, other=0.0)
+        q_base = Q + b64 * sqb + h64 * sqh + first64 * sqs
+        do_base = DOut + b64 * sgb + h64 * sgh + first64 * sgs
+        q = load_rows(q_base, local, sqs, Sq - first, D, D_PAD, not EVEN)
+        do = load_rows(do_base, local, sgs, Sq - first, DV, DV_PAD, not EVEN)
+        k_base, v_base = K + b64 * skb + kvh64 * skh, V + b64 * svb + kvh64 * svh
+        rows = tl.minimum(first + local, Sq - 1)
+        ds, s, _, kv, _ = _ds_tile(
+            q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+            ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
+            D, DV, D_PAD, DV_PAD, TILE, TILE, DROPOUT, not EVEN, PRECISION, False,
+        )  # fmt: skip
+        if SLOPE is not None:
+            # A weight of 0 has no part in it, even where the derivative overflows.
+            of_load = SLOPE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+            ds = tl.where(ds == 0.0, 0.0, ds * of_load)
+        total += ds
     # Any tile of the diagonal has the distances; where the first sticks out, nothing was added.
     rows = tl.minimum(first_q * TILE + local, Sq - 1)[:, None]
     kv = tl.minimum(first_kv * TILE + local, Skv - 1)[None, :]

@@ -35,6 +35,7 @@ from flashfuse.kernels.expr import (
     add,
     const,
     contains,
+    logical_and,
     mul,
     substitute,
     variables,
@@ -90,12 +91,14 @@ class Table:
     Attributes:
         slope: the derivative of the score by the load; ``None`` where it is 1.
         add: adds a tile of gradients to the buffer.
+        reach: what the mask says of distances alone, which may leave out a whole diagonal; or ``None``.
         others: ``accumulate`` for the other loads; ``None`` where there are none.
         uses_b: the index depends on b.
     """
 
     slope: Any
     add: Any
+    reach: Any
     others: Any
     uses_b: bool
 
@@ -163,9 +166,9 @@ def generate(
     module = load_module("\n\n".join(f for f in functions if f))
     table = None
     if len(of_distance) == 1:
-        others = getattr(module, "accumulate_others", None)
-        slope_mod = getattr(module, "table_slope", None)
-        table = Table(slope_mod, module.table_add, others, "b" in variables(of_distance[0].node))
+        optional = (getattr(module, name, None) for name in ("table_slope", "reach_mod", "accumulate_others"))
+        slope_mod, reach, others = optional
+        table = Table(slope_mod, module.table_add, reach, others, "b" in variables(of_distance[0].node))
     return Generated(
         score=module.score_mod,
         mask=getattr(module, "mask_mod", None),
@@ -282,10 +285,12 @@ def _score_function(score: Expr, names: Names) -> str:
 
 def _function(name: str, body: Expr, names: Names) -> str:
     printer = Printer(names)
-    value = printer.as_kind(body, "bool" if name == "mask_mod" else "float")
+    value = printer.as_kind(body, "bool" if name in ("mask_mod", "reach_mod") else "float")
     if name == "mask_mod" and body.is_const:
         value = f"kv {'>=' if body.value else '<'} 0"
-    parameters = {"mask_mod": _PARAMETERS, "sink_mod": _SINK_PARAMETERS}.get(name, f"s, {_PARAMETERS}")
+    parameters = {"mask_mod": _PARAMETERS, "reach_mod": _PARAMETERS, "sink_mod": _SINK_PARAMETERS}.get(
+        name, f"s, {_PARAMETERS}"
+    )
     return render(name, parameters, [*printer.lines, f"return {value}"])
 
 
@@ -323,12 +328,17 @@ def is_scattered(load: Expr) -> bool:
 
 
 def _is_of_distance(load: Expr) -> bool:
-    """The index depends on q and kv, and one further in both is the same index."""
+    """The index depends on q and kv, and only by their difference."""
+    return _axis(load) == 2 and _is_shifted(load)
 
-    def further(e: Expr) -> Expr | None:
-        return add(e, const(1)) if e.op == "var" and e.args[0] in ("q", "kv") else None
 
-    return _axis(load) == 2 and substitute(load, further) == load
+def _is_shifted(e: Expr) -> bool:
+    """``e`` is the same one position further in both q and kv."""
+
+    def further(node: Expr) -> Expr | None:
+        return add(node, const(1)) if node.op == "var" and node.args[0] in ("q", "kv") else None
+
+    return substitute(e, further) == e
 
 
 _GRADIENT_PARAMETERS = f"g, s, {_PARAMETERS}, gptrs, gnums"
@@ -365,6 +375,11 @@ def _add(load: _Load, value: str, printer: Printer) -> None:
     printer.lines.append(f"add_gradient({buffer}, {scale}, {offset}, {value})")
 
 
+def _conditions(mask: Expr) -> tuple[Expr, ...]:
+    """What must all hold."""
+    return tuple(mask.operands) if mask.op == "and" else (mask,)
+
+
 def _table_functions(program: ScoreProgram, table: _Load, loads: Sequence[_Load], names: Names) -> list[str]:
     found = []
     slope = derivative(program.score, table.node)
@@ -373,6 +388,10 @@ def _table_functions(program: ScoreProgram, table: _Load, loads: Sequence[_Load]
     printer = Printer(names)
     _add(table, "g", printer)
     found.append(render("table_add", _GRADIENT_PARAMETERS, printer.lines))
+    conditions = () if program.mask is None else _conditions(program.mask)
+    reach = [c for c in conditions if _is_shifted(c) and not any(n.op == "load" for n in walk(c))]
+    if reach:
+        found.append(_function("reach_mod", logical_and(*reach), names))
     others = [load for load in loads if load is not table]
     if others:
         found.append(_accumulate_function("accumulate_others", program, others, names))

@@ -52,7 +52,7 @@ _SINGLE: dict[str, tuple[Config, Config, Config]] = {
 }
 # Square tiles.
 _TABLE: dict[int, tuple[Config, Config, Config]] = {
-    2: (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1)),
+    2: (_C(64, 64, 4, 2), _C(64, 64, 4, 2), _C(32, 32, 4, 1)),
     4: (_C(32, 32, 4, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1)),
 }
 

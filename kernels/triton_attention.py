@@ -438,7 +438,16 @@ class _Site:
         parts = self.batch if table.uses_b else min(self.batch, -(-enough // (self.heads * diagonals)))
         numbers = (
             *(self.nums, self.gnums, *self._four_strides, self.batch, *self._lengths, parts, *self._drop),
-            *(code.score, code.mask, table.slope, table.add, self._scale, code.folded, *self._dims),
+            *(
+                code.score,
+                code.mask,
+                table.slope,
+                table.add,
+                table.reach,
+                self._scale,
+                code.folded,
+                *self._dims,
+            ),
             *(self.even, self.dropout, self.precision, config.bm),
         )
         programs = self.heads * parts * diagonals
