@@ -28,7 +28,8 @@ from torch import Tensor
 
 from flashfuse.kernels import cpu_blas, sinks
 from flashfuse.kernels.cpu_blas import Dropout, additive_of
-from flashfuse.kernels.cpu_score import Form, Sizes, Tile, TileValues, form_of, tiles
+from flashfuse.kernels.cpu_reach import Cut, tiles
+from flashfuse.kernels.cpu_score import Form, Sizes, Tile, TileValues, form_of
 from flashfuse.kernels.expr import KV, Q, compare
 from flashfuse.kernels.ops import empty_bhsd
 from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, ScoreProgram, differentiable_loads
@@ -72,7 +73,7 @@ def forward(
     if not dropout_p and _is_native(form_of(program)):
         site = _Native(q, k, v, captures, ints, program)
         every = list(site.tiles())
-        if all(tile.is_empty or tile.k1 - tile.k0 >= _FEWEST_COLUMNS for tile in every):
+        if all(tile.is_empty or tile.columns >= _FEWEST_COLUMNS for tile in every):
             return _native_forward(site, every, q, k, v)
     return cpu_blas.forward(q, k, v, captures, ints, seed, program, dropout_p)
 
@@ -115,9 +116,10 @@ def backward(
 
 def dropout_mask(seed: Tensor, dropout_p: float, sizes: Sizes) -> Tensor:
     """[B, H, Sq, Skv]: True where a weight is kept."""
-    batch, _, q_len, kv_len = sizes
+    batch, heads, q_len, kv_len = sizes
     dropout = Dropout(seed, dropout_p, sizes)
-    keep = [dropout.keep_bits(Tile(b, b + 1, 0, q_len, 0, kv_len)) != 0 for b in range(batch)]
+    entries = (Tile(b, b + 1, 0, heads, 0, q_len, ((0, kv_len),)) for b in range(batch))
+    keep = [dropout.keep_bits(entry) != 0 for entry in entries]
     return torch.stack(keep) if keep else torch.ones(sizes, dtype=torch.bool)
 
 
@@ -150,6 +152,7 @@ class _Native:
         self.ints = tuple(zip(program.ints, ints, strict=True))
         self.sizes: Sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         self.kv_heads = k.shape[1]
+        self.group = q.shape[1] // self.kv_heads
         self.q_dtype, self.dtype = q.dtype, _lse_dtype(q)
         # The kernel wants one head size.
         self.head_dim, self.v_dim = max(q.shape[-1], v.shape[-1]), v.shape[-1]
@@ -169,16 +172,18 @@ class _Native:
         # Padding of one entry may leave most columns out, or a mask with nothing to do.
         by_batch = grouped or (loads_by_batch and heads * q_len * kv_len >= _WORTH_A_CALL)
         for tile in self._cut(q_len, by_batch):
-            if tile.is_empty or causal not in tile.conditions:
+            whole = tile.q1 - tile.q0 == q_len and len(tile.runs) == 1
+            if not whole or causal not in tile.conditions:
                 yield tile
                 continue
             if tile.k0 > 0:
-                yield replace(tile, q1=tile.k0, k1=tile.k0)
+                yield replace(tile, q1=tile.k0, runs=())
             rest = tuple(c for c in tile.conditions if c != causal)
             yield replace(tile, q0=tile.k0, conditions=rest, causal=True)
 
     def _cut(self, rows: int, by_batch: bool) -> Sequence[Tile]:
-        return tiles(self.program, self.captures, self.ints, self.sizes, rows, by_batch)
+        cut = Cut(rows, by_batch, self.group)
+        return tiles(self.program, self.captures, self.ints, self.sizes, cut, self.dtype)
 
     def mask(self, tile: Tile) -> Tensor | None:
         """The additive mask of a tile, broadcasting to [b, H, rows, columns]."""
@@ -186,29 +191,35 @@ class _Native:
         return additive_of(values, tile)
 
     def by_group(self, x: Tensor, tile: Tile, heads_are_kv: bool) -> Tensor:
-        """Under grouped heads [1, H, n, D] → [H_kv, heads per key head, n, D], copying nothing."""
-        x = x[tile.b0 : tile.b1]
-        group = self.sizes[1] // self.kv_heads
-        if group == 1:
+        """Under grouped heads [1, H, n, D] → [H_kv, heads per key head, n, D], copying nothing.
+
+        ``x`` has the entries and heads of the tile.
+        """
+        if self.group == 1:
             return x
+        kv_heads = tile.kv_heads(self.group)
         if heads_are_kv:
-            return x[0].unsqueeze(1).expand(-1, group, -1, -1)
-        return x[0].unflatten(0, (self.kv_heads, group))
+            heads = (tile.h1 - tile.h0) // (kv_heads.stop - kv_heads.start)
+            return x[0].unsqueeze(1).expand(-1, heads, -1, -1)
+        return x[0].unflatten(0, (kv_heads.stop - kv_heads.start, -1))
+
+    def columns_of(self, x: Tensor, tile: Tile) -> Tensor:
+        """The tile's columns of ``x`` [B, H_kv, Skv, D], by group."""
+        return self.by_group(tile.take(x[tile.b0 : tile.b1, tile.kv_heads(self.group)], 2), tile, True)
 
     def mask_by_group(self, mask: Tensor | None, tile: Tile) -> Tensor | None:
         if mask is None:
             return None
-        batch, heads = tile.b1 - tile.b0, self.sizes[1]
-        shape = (tile.q1 - tile.q0, tile.k1 - tile.k0)
-        if heads == self.kv_heads:
-            return mask.expand(batch, mask.shape[1], *shape)
+        shape = (tile.q1 - tile.q0, tile.columns)
+        if self.group == 1:
+            return mask.expand(tile.b1 - tile.b0, mask.shape[1], *shape)
         if mask.shape[1] == 1:
             return mask.expand(1, 1, *shape)
-        return mask.expand(1, heads, *shape)[0].unflatten(0, (self.kv_heads, -1))
+        return self.by_group(mask.expand(1, tile.h1 - tile.h0, *shape), tile, False)
 
     def by_query_head(self, x: Tensor) -> Tensor:
         """[B, H_kv, n, D] → [B, H, n, D]."""
-        return x.repeat_interleave(self.sizes[1] // self.kv_heads, 1)
+        return x.repeat_interleave(self.group, 1)
 
     def centre(self, out: Tensor) -> Tensor:
         """The mean of some rows ``out`` [B, H, n, D] by key head, [B, H_kv, 1, D]; 0 where unusable."""
@@ -222,12 +233,12 @@ class _Native:
         It is 0 where most values are, as those of padding: they add up without a rounding, and should.
         """
         out = v.new_zeros(*self.sizes[:2], _SAMPLE, v.shape[-1])
-        for tile in {tile.b0: tile for tile in every if not tile.is_empty}.values():
+        for tile in {(tile.b0, tile.h0): tile for tile in every if not tile.is_empty}.values():
             conditions = (*tile.conditions, _CAUSAL) if tile.causal else tile.conditions
             q0 = max(tile.q0, tile.q1 - _SAMPLE)
             some = replace(tile, q0=q0, conditions=conditions, causal=False)
             rows = self.attended(some, self.mask(some), q, k, v)[0]
-            out[tile.b0 : tile.b1, :, : tile.q1 - q0] = rows
+            out[tile.b0 : tile.b1, tile.h0 : tile.h1, : tile.q1 - q0] = rows
         most = torch.count_nonzero(v, (2, 3)) > v.shape[2] * self.v_dim // 2
         return torch.where(most[..., None, None], self.centre(out), 0)
 
@@ -236,14 +247,14 @@ class _Native:
     ) -> tuple[Tensor, Tensor]:
         """What the kernel makes of a tile: [b, H, rows, D] and ``lse`` [b, H, rows]."""
         out, lse = _flash(
-            self.by_group(q[:, :, tile.q0 : tile.q1], tile, False),
-            self.by_group(k[:, :, tile.k0 : tile.k1], tile, True),
-            self.by_group(v[:, :, tile.k0 : tile.k1], tile, True),
+            self.by_group(tile.rows_of(q), tile, False),
+            self.columns_of(k, tile),
+            self.columns_of(v, tile),
             is_causal=tile.causal,
             attn_mask=self.mask_by_group(mask, tile),
             scale=self.form.scale,
         )
-        lead = (tile.b1 - tile.b0, self.sizes[1], tile.q1 - tile.q0)
+        lead = (tile.b1 - tile.b0, tile.h1 - tile.h0, tile.q1 - tile.q0)
         return out.reshape(*lead, self.head_dim), lse.reshape(lead)
 
     def sink(self, like: Tensor) -> Tensor:
@@ -285,7 +296,7 @@ def _native_forward(
         centre = site.sampled_centre(every, q, k, v)
         centred, centre = v - centre, site.by_query_head(centre)
     for tile in every:
-        rows = (slice(tile.b0, tile.b1), slice(None), slice(tile.q0, tile.q1))
+        rows = (slice(tile.b0, tile.b1), slice(tile.h0, tile.h1), slice(tile.q0, tile.q1))
         dead: Tensor | None
         if tile.is_empty:
             out[rows] = 0
@@ -296,7 +307,7 @@ def _native_forward(
             tile_out, lse[rows] = site.attended(tile, mask, q, k, centred)
             dead = _dead_rows(mask, tile, lse[rows])
             if centre is not None:
-                tile_out += centre[tile.b0 : tile.b1]
+                tile_out += centre[rows[:2]]
             if dead is not None:
                 tile_out = tile_out.masked_fill(dead[..., None], 0)
                 lse[rows] = lse[rows].masked_fill(dead, float("-inf"))
@@ -310,7 +321,7 @@ def _native_forward(
             if mean is None:
                 mean = v[..., :v_dim].to(site.dtype).mean(2, keepdim=True).to(v.dtype)
                 mean = site.by_query_head(mean)
-            out[rows] = torch.where(dead[..., None], mean[tile.b0 : tile.b1], out[rows])
+            out[rows] = torch.where(dead[..., None], mean[rows[:2]], out[rows])
     return out, lse
 
 
@@ -346,7 +357,7 @@ def _has_short_rows(site: _Native, every: Sequence[Tile]) -> bool:
     form = site.form
     if any("q" in form.uses(c) for c in form.conditions if c != _CAUSAL):
         return True
-    longest = max(min(t.k1 - t.k0, t.q1 - t.q0 if t.causal else t.k1 - t.k0) for t in every)
+    longest = max(min(t.columns, t.q1 - t.q0) if t.causal else t.columns for t in every)
     return longest < _SHORT_ROW
 
 
@@ -375,8 +386,8 @@ def _native_backward(
     columns_of = [site.padded(x) for x in (k, v)]
 
     def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-        do_, q_, out_, lse_ = (site.by_group(x[:, :, tile.q0 : tile.q1], tile, False) for x in rows_of)
-        k_, v_ = (site.by_group(x[:, :, tile.k0 : tile.k1], tile, True) for x in columns_of)
+        do_, q_, out_, lse_ = (site.by_group(tile.rows_of(x), tile, False) for x in rows_of)
+        k_, v_ = (site.columns_of(x, tile) for x in columns_of)
         mask, scale = site.mask_by_group(site.mask(tile), tile), site.form.scale
         dq, dk, dv = _flash_backward(
             do_, q_, k_, v_, out_, lse_, 0.0, tile.causal, attn_mask=mask, scale=scale
@@ -385,20 +396,20 @@ def _native_backward(
             dq, dk, dv = dq.flatten(0, 1)[None], *(x.sum(1, dtype=site.dtype)[None] for x in (dk, dv))
         return dq, dk, dv
 
-    if every == [replace(every[0], b0=0, b1=batch, q0=0, q1=q_len, k0=0, k1=kv_len)]:
+    if every == [replace(every[0], b0=0, b1=batch, h0=0, h1=heads, q0=0, q1=q_len, runs=((0, kv_len),))]:
         dq, dk, dv = run(every[0])
     else:
         dq = empty_bhsd(q, (*q.shape[:3], site.head_dim))
         dk, dv = (empty_bhsd(lse, (*t.shape[:3], site.head_dim)).zero_() for t in (k, v))
         for tile in every:
-            rows = (slice(tile.b0, tile.b1), slice(None), slice(tile.q0, tile.q1))
+            rows = (slice(tile.b0, tile.b1), slice(tile.h0, tile.h1), slice(tile.q0, tile.q1))
             if tile.is_empty:
                 dq[rows] = 0
                 continue
-            columns = (slice(tile.b0, tile.b1), slice(None), slice(tile.k0, tile.k1))
+            heads_of = (slice(tile.b0, tile.b1), tile.kv_heads(site.group))
             dq[rows], tile_dk, tile_dv = run(tile)
-            dk[columns] += tile_dk
-            dv[columns] += tile_dv
+            tile.add_to(dk[heads_of], 2, tile_dk)
+            tile.add_to(dv[heads_of], 2, tile_dv)
     dq, dk, dv = (x[..., : t.shape[-1]] for x, t in zip((dq, dk, dv), like, strict=True))
     if any_dead and site.program.dead_rows in ("nan", *AVERAGING):
         per_key = (do.to(site.dtype) * dead[..., None]).sum(2, keepdim=True) / kv_len

@@ -15,25 +15,27 @@ as rows of one product.  float16 and bfloat16 are computed in float32.
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashfuse.kernels.cpu_score import Sizes, Tile, TileValues, form_of, tiles
+from flashfuse.kernels.cpu_reach import Cut, tiles
+from flashfuse.kernels.cpu_score import Sizes, Tile, TileValues, form_of
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import ONE, ZERO, S, contains, load
 from flashfuse.kernels.ops import empty_bhsd
 from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, SCORES_ONLY, ScoreProgram
 
+_ROWS = 128
+"""Rows of a tile, if it has few columns."""
+
 _TILE_ELEMENTS = 1 << 20
 """Scores per tile, over all heads: few enough to stay in cache, enough to share among threads."""
-
-
-def _rows_per_tile(sizes: Sizes) -> int:
-    _, heads, _, kv_len = sizes
-    return max(16, min(128, _TILE_ELEMENTS // max(1, heads * kv_len) // 16 * 16))
 
 
 class Dropout:
@@ -59,9 +61,8 @@ class Dropout:
 
     def keep_bits(self, tile: Tile) -> Tensor:
         """[H, rows, columns] int32: 1 where kept, 0 where dropped."""
-        rows = self.rows[tile.b0, :, tile.q0 : tile.q1, None]
-        columns = self.columns[tile.b0, :, None, tile.k0 : tile.k1]
-        x = rows + columns
+        columns = tile.take(self.columns[tile.b0, tile.h0 : tile.h1], 1)
+        x = tile.rows_of(self.rows)[0, :, :, None] + columns[:, None]
         # x(2x + 1) is a permutation of the words that carries low bits up; the shift brings high bits
         # down, and the odd factor carries them up again.  The sign and what follows it decide.
         x = torch.addcmul(x, x, x, value=2)
@@ -102,7 +103,7 @@ class _Site:
         self.captures: Mapping[str, Tensor] = dict(zip(program.captures, captures, strict=True))
         self.ints = tuple(zip(program.ints, ints, strict=True))
         self.sizes: Sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        self.kv_heads = k.shape[1]
+        self.group = q.shape[1] // k.shape[1]
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.keeps_dead_rows_zero = program.dead_rows in ("none", "zero")
         self.dropout = None
@@ -111,22 +112,32 @@ class _Site:
             self.dropout = Dropout(seed, dropout_p, self.sizes)
 
     def tiles(self) -> Sequence[Tile]:
-        rows = _rows_per_tile(self.sizes)
-        return tiles(self.program, self.captures, self.ints, self.sizes, rows, by_batch=True)
+        cut = Cut(_ROWS, True, self.group, _TILE_ELEMENTS)
+        return tiles(self.program, self.captures, self.ints, self.sizes, cut, self.dtype)
+
+    def spread(self, tile: Tile) -> list[Tile]:
+        """``tile`` against every key: what rows without a key spread over, also what no other row reaches."""
+        wide = tile.widened(self.form, self.sizes[3])
+        of_a_row = wide.scores // (wide.q1 - wide.q0)
+        rows = max(16, _TILE_ELEMENTS // of_a_row // 16 * 16)
+        return [replace(wide, q0=q0, q1=min(q0 + rows, wide.q1)) for q0 in range(wide.q0, wide.q1, rows)]
 
     def values(self, tile: Tile) -> TileValues:
         return TileValues(self.form, self.captures, self.ints, self.sizes, tile, self.dtype)
 
     def stacked(self, x: Tensor, tile: Tile) -> Tensor:
-        """Rows of ``x`` [B, H, Sq, D] → [H_kv, heads per key head * rows, D]."""
-        rows = x[tile.b0, :, tile.q0 : tile.q1].to(self.dtype)
-        return rows.reshape(self.kv_heads, -1, x.shape[-1])
+        """Rows of ``x`` [B, H, Sq, D] → [H_kv of the tile, heads per key head * rows, D]."""
+        kv_heads = tile.kv_heads(self.group)
+        return tile.rows_of(x).to(self.dtype).reshape(kv_heads.stop - kv_heads.start, -1, x.shape[-1])
 
-    def weights(self, tile: Tile, q_rows: Tensor, k: Tensor) -> _Weights:
-        """Softmax weights of a tile that is not empty, before dropout."""
+    def weights(self, tile: Tile, q_rows: Tensor, keys: Tensor) -> _Weights | None:
+        """Softmax weights of a tile that is not empty, before dropout; ``keys`` [H_kv, columns, D].
+
+        ``None`` where a row without a key has weights that are not in the tile: see :meth:`spread`.
+        """
         form, values = self.form, self.values(tile)
-        shape = (1, self.sizes[1], tile.q1 - tile.q0, tile.k1 - tile.k0)
-        keys = k[:, tile.k0 : tile.k1].mT
+        shape = (1, tile.h1 - tile.h0, tile.q1 - tile.q0, tile.columns)
+        keys = keys.mT
         if form.scale is not None:
             additive = additive_of(values, tile)
             stacked = (q_rows.shape[0], q_rows.shape[1], keys.shape[-1])
@@ -152,10 +163,8 @@ class _Site:
         lse = highest - weights.amax(-1, keepdim=True).log_()
         if not dead.any():
             return _Weights(tile, values, weights[0], lse[0], None)
-        if not self.keeps_dead_rows_zero and tile.k1 - tile.k0 < self.sizes[3]:
-            # Such rows spread over every key, also those that no other row reaches.
-            wide = tile.widened(form, self.sizes[3])
-            return self.weights(wide, q_rows, k)
+        if not self.keeps_dead_rows_zero and tile.columns < self.sizes[3]:
+            return None
         averages = 1 / self.sizes[3] if self.program.dead_rows in AVERAGING else 0.0
         fill = float("nan") if self.program.dead_rows in NAN else averages
         weights.masked_fill_(dead, fill)
@@ -173,7 +182,7 @@ class _Weights:
         self, tile: Tile, values: TileValues, weights: Tensor, lse: Tensor, dead: Tensor | None
     ) -> None:
         self.tile, self.values, self.lse, self.dead = tile, values, lse, dead
-        self.all_weights, self.weights = weights, weights[..., : tile.k1 - tile.k0]
+        self.all_weights, self.weights = weights, weights[..., : tile.columns]
 
     def score_gradient(
         self, d_weights: Tensor, dtype: torch.dtype, balanced: bool
@@ -224,30 +233,33 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     site = _Site(q, k, captures, ints, seed, program, dropout_p)
-    batch, heads, q_len, _ = site.sizes
-    out = empty_bhsd(q, (batch, heads, q_len, v.shape[-1]))
-    lse = torch.empty(batch, heads, q_len, dtype=site.dtype)
-    for tile in site.tiles():
-        b, rows = tile.b0, slice(tile.q0, tile.q1)
+    out = empty_bhsd(q, (*q.shape[:3], v.shape[-1]))
+    lse = torch.empty(q.shape[:3], dtype=site.dtype)
+    todo = deque(site.tiles())
+    while todo:
+        tile = todo.popleft()
         if tile.is_empty and site.keeps_dead_rows_zero:
-            out[b, :, rows] = 0
-            lse[b, :, rows] = float("-inf")
+            tile.rows_of(out).zero_()
+            tile.rows_of(lse).fill_(float("-inf"))
             if site.form.sink is not None:
                 logit = site.values(tile).tensor(site.form.sink).to(site.dtype)
-                lse[b, :, rows] = logit.expand(1, heads, tile.q1 - tile.q0, 1)[0, ..., 0]
+                tile.rows_of(lse).copy_(logit[..., 0])
             continue
-        if tile.is_empty:
-            tile = tile.widened(site.form, k.shape[2])
-        k_b, v_b = k[b].to(site.dtype), v[b].to(site.dtype)
-        w = site.weights(tile, site.stacked(q, tile), k_b)
+        w, kv_heads = None, tile.kv_heads(site.group)
+        if not tile.is_empty:
+            keys = tile.take(k[tile.b0, kv_heads], 1).to(site.dtype)
+            w = site.weights(tile, site.stacked(q, tile), keys)
+        if w is None:
+            todo.extendleft(reversed(site.spread(tile)))
+            continue
         if site.dropout is not None:
-            _drop(w.weights, site.dropout.keep_bits(w.tile))
-        weights = w.weights.view(site.kv_heads, -1, w.weights.shape[-1])
-        rows_out = torch.bmm(weights, v_b[:, w.tile.k0 : w.tile.k1])
+            _drop(w.weights, site.dropout.keep_bits(tile))
+        weights = w.weights.view(keys.shape[0], -1, tile.columns)
+        rows_out = torch.bmm(weights, tile.take(v[tile.b0, kv_heads], 1).to(site.dtype))
         if site.dropout is not None:
             rows_out.mul_(site.dropout.scale)
-        out[b, :, rows] = rows_out.view(heads, -1, v.shape[-1])
-        lse[b, :, rows] = w.lse[..., 0]
+        tile.rows_of(out).copy_(rows_out.view(1, tile.h1 - tile.h0, -1, v.shape[-1]))
+        tile.rows_of(lse).copy_(w.lse[None, ..., 0])
     return out, lse
 
 
@@ -269,7 +281,7 @@ def backward(
     capture_grads: Sequence[int],
 ) -> list[Tensor]:
     site = _Site(q, k, captures, ints, seed, program, dropout_p)
-    form, heads = site.form, site.sizes[1]
+    form = site.form
     scale = 1.0 if form.scale is None else form.scale
     keep_scale = 1.0 if site.dropout is None else site.dropout.scale
     dq, dk, dv = (empty_bhsd(t, t.shape) for t in (q, k, v))
@@ -285,23 +297,26 @@ def backward(
             if x.name in wanted and contains(form.sink, load(f"@{i}", ()))
         ]
     score_slope = derivative(form.score, S) if form.scale is None else ONE
-    k_b = v_b = dk_b = dv_b = q.new_empty(0)
-    for tile in site.tiles():
-        b, rows = tile.b0, slice(tile.q0, tile.q1)
-        if tile.q0 == 0:
-            k_b, v_b = k[b].to(site.dtype), v[b].to(site.dtype)
-            dk_b, dv_b = torch.zeros(k_b.shape, dtype=site.dtype), torch.zeros(v_b.shape, dtype=site.dtype)
-        if tile.is_empty and site.keeps_dead_rows_zero:
-            dq[b, :, rows] = 0
-        else:
-            if tile.is_empty:
-                tile = tile.widened(form, k.shape[2])
-            q_rows, do_rows = site.stacked(q, tile), site.stacked(do, tile) * keep_scale
-            w = site.weights(tile, q_rows, k_b)
-            columns = slice(w.tile.k0, w.tile.k1)
-            stacked = (site.kv_heads, -1, w.weights.shape[-1])
-            d_weights = torch.bmm(do_rows, v_b[:, columns].mT).view(w.weights.shape)
-            bits = None if site.dropout is None else site.dropout.keep_bits(w.tile)
+    for b, of_entry in itertools.groupby(site.tiles(), key=lambda tile: tile.b0):
+        k_b, v_b = k[b].to(site.dtype), v[b].to(site.dtype)
+        dk_b, dv_b = torch.zeros(k_b.shape, dtype=site.dtype), torch.zeros(v_b.shape, dtype=site.dtype)
+        todo = deque(of_entry)
+        while todo:
+            tile = todo.popleft()
+            if tile.is_empty and site.keeps_dead_rows_zero:
+                tile.rows_of(dq).zero_()
+                continue
+            w, kv_heads = None, tile.kv_heads(site.group)
+            if not tile.is_empty:
+                q_rows, keys = site.stacked(q, tile), tile.take(k_b[kv_heads], 1)
+                w = site.weights(tile, q_rows, keys)
+            if w is None:
+                todo.extendleft(reversed(site.spread(tile)))
+                continue
+            do_rows, values = site.stacked(do, tile) * keep_scale, tile.take(v_b[kv_heads], 1)
+            stacked = (keys.shape[0], -1, tile.columns)
+            d_weights = torch.bmm(do_rows, values.mT).view(w.weights.shape)
+            bits = None if site.dropout is None else site.dropout.keep_bits(tile)
             if bits is not None:
                 _drop(d_weights, bits)
             # Beside what dropout does to a row its rounding is nothing.
@@ -319,7 +334,7 @@ def backward(
                 if w.dead is not None and program.dead_rows in NAN:
                     # What dropout makes of NaN is NaN.
                     w.weights.masked_fill_(w.dead, float("nan"))
-            dv_b[:, columns] += torch.bmm(w.weights.view(stacked).mT, do_rows)
+            tile.add_to(dv_b[kv_heads], 1, torch.bmm(w.weights.view(stacked).mT, do_rows))
             for x, slope in slopes:
                 if slope == ZERO:
                     continue
@@ -333,8 +348,8 @@ def backward(
             if score_slope != ONE:
                 d_score = d_score * w.values.tensor(score_slope)[0]
             d_score = d_score.view(stacked)
-            dq[b, :, rows] = torch.bmm(d_score, k_b[:, columns]).mul_(scale).view(heads, -1, q.shape[-1])
-            dk_b[:, columns] += torch.bmm(d_score.mT, q_rows).mul_(scale)
-        if tile.q1 == q.shape[2]:
-            dk[b], dv[b] = dk_b, dv_b
+            dq_rows = torch.bmm(d_score, keys).mul_(scale)
+            tile.rows_of(dq).copy_(dq_rows.view(1, tile.h1 - tile.h0, -1, q.shape[-1]))
+            tile.add_to(dk_b[kv_heads], 1, torch.bmm(d_score.mT, q_rows).mul_(scale))
+        dk[b], dv[b] = dk_b, dv_b
     return [dq, dk, dv, *(wanted[program.captures[i]].to(captures[i].dtype) for i in capture_grads)]

@@ -8,7 +8,6 @@ the captured tensors.  Everything here costs one tile at most; nothing has the s
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from flashfuse.kernels.expr import (
-    COMPARISONS,
     INDEX_VARS,
     KV,
     TRUE,
@@ -171,209 +169,84 @@ def _over_distance(e: Expr) -> Expr:
     return substitute(e, lambda node: add(_D, Q) if node == KV else None)
 
 
-# --- which columns a range of rows can reach -----------------------------------------------------
+# --- tiles -----------------------------------------------------------------------------------------
+
+Runs = tuple[tuple[int, int], ...]
+"""Columns as ranges ``start:stop``, in order and apart from each other."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows ``q0:q1`` of batch entries ``b0:b1`` against columns ``k0:k1``.
+    """Rows ``q0:q1`` of batch entries ``b0:b1`` and heads ``h0:h1`` against the columns of ``runs``.
 
-    Columns outside are masked.  ``conditions`` are those that do not hold everywhere inside; with
-    ``causal``, ``kv - k0 <= q - q0`` must hold as well.
+    Columns outside are masked.  Where there are several runs, the tile is computed on their columns laid side
+    by side (:meth:`take`), and what it adds to columns goes back to where they were (:meth:`add_to`).
+    ``conditions`` are those that do not hold everywhere inside; with ``causal``, which has one run at most,
+    ``kv - k0 <= q - q0`` must hold as well.
     """
 
     b0: int
     b1: int
+    h0: int
+    h1: int
     q0: int
     q1: int
-    k0: int
-    k1: int
+    runs: Runs
     conditions: tuple[Expr, ...] = ()
     causal: bool = False
 
     @property
     def is_empty(self) -> bool:
-        return self.k0 >= self.k1
+        return not self.runs
+
+    @property
+    def k0(self) -> int:
+        return self.runs[0][0]
+
+    @property
+    def k1(self) -> int:
+        return self.runs[-1][1]
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of columns of each run."""
+        return tuple(stop - start for start, stop in self.runs)
+
+    @functools.cached_property
+    def columns(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def scores(self) -> int:
+        return (self.b1 - self.b0) * (self.h1 - self.h0) * (self.q1 - self.q0) * self.columns
 
     def widened(self, form: Form, kv_len: int) -> Tile:
         """The same rows against every column."""
-        return replace(self, k0=0, k1=kv_len, conditions=form.conditions)
+        return replace(self, runs=((0, kv_len),), conditions=form.conditions)
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The tile's part of ``x`` [B, H, Sq, ..]."""
+        return x[self.b0 : self.b1, self.h0 : self.h1, self.q0 : self.q1]
+
+    def kv_heads(self, group: int) -> slice:
+        """The key heads of the tile, of which each serves ``group`` heads."""
+        return slice(self.h0 // group, -(-self.h1 // group))
+
+    def take(self, x: Tensor, axis: int) -> Tensor:
+        """The tile's columns of ``x``, which has all along ``axis``; no copy where there is one run."""
+        return side_by_side([x.narrow(axis, start, stop - start) for start, stop in self.runs], axis)
+
+    def add_to(self, x: Tensor, axis: int, values: Tensor) -> None:
+        """Adds ``values`` to what :meth:`take` reads."""
+        for (start, stop), part in zip(self.runs, values.split(self.lengths, axis), strict=True):
+            x.narrow(axis, start, stop - start).add_(part)
 
 
 Sizes = tuple[int, int, int, int]
 
 
-def tiles(
-    program: ScoreProgram,
-    captures: Mapping[str, Tensor],
-    ints: tuple[tuple[str, int], ...],
-    sizes: Sizes,
-    rows: int,
-    by_batch: bool,
-) -> Sequence[Tile]:
-    """Every row once, in tiles of ``rows`` rows; one batch entry at a time if ``by_batch``."""
-    form = form_of(program)
-    if not form.mask_loads:
-        return _tiles_of_indices(program, ints, sizes, rows, by_batch)
-    return _tiles(form, captures, ints, sizes, rows, by_batch)
-
-
-@functools.lru_cache(maxsize=256)
-def _tiles_of_indices(
-    program: ScoreProgram, ints: tuple[tuple[str, int], ...], sizes: Sizes, rows: int, by_batch: bool
-) -> Sequence[Tile]:
-    # Without loads the tiles follow from the sizes, so all layers of a model share them.
-    return _tiles(form_of(program), {}, ints, sizes, rows, by_batch)
-
-
-def _tiles(
-    form: Form,
-    captures: Mapping[str, Tensor],
-    ints: tuple[tuple[str, int], ...],
-    sizes: Sizes,
-    rows: int,
-    by_batch: bool,
-) -> Sequence[Tile]:
-    batch, _, q_len, kv_len = sizes
-    found = []
-    for b0 in range(batch) if by_batch else (0,):
-        b1 = b0 + 1 if by_batch else batch
-        whole = TileValues(form, captures, ints, sizes, Tile(b0, b1, 0, q_len, 0, kv_len), torch.float32)
-        reach = [
-            _reach_of_indices(c, ints, sizes) if of_indices else _Reach.of(c, whole)
-            for c, of_indices in zip(form.conditions, form.of_indices, strict=True)
-        ]
-        for q0 in range(0, q_len, rows):
-            q1 = min(q0 + rows, q_len)
-            k0, k1 = 0, kv_len
-            for r in reach:
-                low, high = r.columns(q0, q1)
-                k0, k1 = max(k0, low), min(k1, high)
-            tile = Tile(b0, b1, q0, q1, k0, k1)
-            if not tile.is_empty:
-                open_ = [not r.holds(q0, q1, k0, k1) for r in reach]
-                tile = replace(tile, conditions=tuple(itertools.compress(form.conditions, open_)))
-            found.append(tile)
-    return found
-
-
-_FLIPPED = {"<=": ">=", "<": ">", ">=": "<=", ">": "<", "==": "==", "!=": "!="}
-
-
-class _Reach:
-    """Bounds on where one condition can be true, and where it certainly is.
-
-    This one knows nothing: it may be true anywhere and holds nowhere for sure.
-    """
-
-    def __init__(self, kv_len: int) -> None:
-        self.kv_len = kv_len
-
-    def columns(self, q0: int, q1: int) -> tuple[int, int]:
-        """Outside of these columns the condition is false for every row of ``q0:q1``."""
-        return 0, self.kv_len
-
-    def holds(self, q0: int, q1: int, k0: int, k1: int) -> bool:
-        """True only if the condition is true everywhere inside."""
-        return False
-
-    @staticmethod
-    def of(condition: Expr, whole: TileValues) -> _Reach:
-        form, kv_len = whole.form, whole.sizes[3]
-        used = form.uses(condition)
-        if condition.op in ("or", "and"):
-            return _Several([_Reach.of(c, whole) for c in condition.operands], condition.op, kv_len)
-        if "q" not in used:
-            return _Columns(whole.tensor(condition).bool(), kv_len)
-        if condition.op in COMPARISONS:
-            left, right = condition.operands
-            op = condition.op
-            if "kv" not in form.uses(left):
-                left, right, op = right, left, _FLIPPED[op]
-            if "q" not in form.uses(left) and "kv" not in form.uses(right):
-                return _Compared(op, whole.tensor(left), whole.tensor(right), kv_len)
-        return _Reach(kv_len)
-
-
-@functools.lru_cache(maxsize=32)
-def _reach_of_indices(condition: Expr, ints: tuple[tuple[str, int], ...], sizes: Sizes) -> _Reach:
-    """The reach of a condition that loads nothing, the same for all layers of a model."""
-    form = Form(condition, None, None, (condition,), ())
-    tile = Tile(0, sizes[0], 0, sizes[2], 0, sizes[3])
-    return _Reach.of(condition, TileValues(form, {}, ints, sizes, tile, torch.float32))
-
-
-def _hull(possible: Tensor) -> tuple[int, int]:
-    """First and last+1 column of ``possible`` [B?, H?, 1, Skv?] in which anything is true."""
-    somewhere = possible.flatten(0, 2).any(0).nonzero()
-    return (int(somewhere[0]), int(somewhere[-1]) + 1) if len(somewhere) else (0, 0)
-
-
-class _Columns(_Reach):
-    """A condition on the key alone."""
-
-    def __init__(self, allowed: Tensor, kv_len: int) -> None:
-        super().__init__(kv_len)
-        self.allowed = allowed.expand(*allowed.shape[:3], kv_len)
-        self.range = _hull(self.allowed)
-
-    def columns(self, q0: int, q1: int) -> tuple[int, int]:
-        return self.range
-
-    def holds(self, q0: int, q1: int, k0: int, k1: int) -> bool:
-        return bool(self.allowed[..., k0:k1].all())
-
-
-class _Compared(_Reach):
-    """``left(b, h, kv) op right(b, h, q)``."""
-
-    def __init__(self, op: str, left: Tensor, right: Tensor, kv_len: int) -> None:
-        super().__init__(kv_len)
-        self.op = op
-        self.left = left.expand(*left.shape[:3], kv_len)
-        self.right = right
-
-    def _right_bounds(self, q0: int, q1: int) -> tuple[Tensor, Tensor]:
-        right = self.right[:, :, q0:q1] if self.right.shape[2] > 1 else self.right
-        return right.amin(2, keepdim=True), right.amax(2, keepdim=True)
-
-    def columns(self, q0: int, q1: int) -> tuple[int, int]:
-        low, high = self._right_bounds(q0, q1)
-        if self.op == "!=":
-            return 0, self.kv_len
-        if self.op == "==":
-            return _hull((self.left >= low) & (self.left <= high))
-        reached: Any = COMPARISONS[self.op](self.left, high if self.op in ("<", "<=") else low)
-        return _hull(reached)
-
-    def holds(self, q0: int, q1: int, k0: int, k1: int) -> bool:
-        low, high = self._right_bounds(q0, q1)
-        left = self.left[..., k0:k1]
-        if self.op == "==":
-            return bool(((left == low) & (left == high)).all())
-        if self.op == "!=":
-            return bool(((left < low) | (left > high)).all())
-        everywhere: Any = COMPARISONS[self.op](left, low if self.op in ("<", "<=") else high)
-        return bool(everywhere.all())
-
-
-class _Several(_Reach):
-    """An ``and`` or an ``or``."""
-
-    def __init__(self, parts: list[_Reach], op: str, kv_len: int) -> None:
-        super().__init__(kv_len)
-        self.parts, self.op = parts, op
-
-    def columns(self, q0: int, q1: int) -> tuple[int, int]:
-        ranges = [part.columns(q0, q1) for part in self.parts]
-        if self.op == "and":
-            return max(r[0] for r in ranges), min(r[1] for r in ranges)
-        ranges = [r for r in ranges if r[0] < r[1]] or [(0, 0)]
-        return min(r[0] for r in ranges), max(r[1] for r in ranges)
-
-    def holds(self, q0: int, q1: int, k0: int, k1: int) -> bool:
-        decide = all if self.op == "and" else any
-        return decide(part.holds(q0, q1, k0, k1) for part in self.parts)
+def side_by_side(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
 # --- values and gradients on a tile ---------------------------------------------------------------
@@ -397,23 +270,28 @@ class TileValues(dict[str, Value]):
         super().__init__(ints)
         self.update(captures)
         self["Sq"], self["Skv"] = sizes[2], sizes[3]
-        self.form, self.sizes, self.dtype = form, sizes, dtype
-        self.ranges = {
-            "b": (tile.b0, tile.b1),
-            "h": (0, sizes[1]),
-            "q": (tile.q0, tile.q1),
-            "kv": (tile.k0, tile.k1),
-        }
+        self.form, self.captures, self.ints, self.sizes = form, captures, ints, sizes
+        self.tile, self.dtype = tile, dtype
+
+    def on(self, tile: Tile) -> TileValues:
+        """The same program on another tile."""
+        return TileValues(self.form, self.captures, self.ints, self.sizes, tile, self.dtype)
 
     def __missing__(self, name: str) -> Value:
-        value = self._index(name) if name in self.ranges else self._load(self.form.loads[int(name[1:])])
+        value = self._index(name) if name in INDEX_VARS else self._load(self.form.loads[int(name[1:])])
         self[name] = value
         return value
+
+    def _range(self, name: str, columns: tuple[int, int]) -> tuple[int, int]:
+        tile = self.tile
+        ranges = {"b": (tile.b0, tile.b1), "h": (tile.h0, tile.h1), "q": (tile.q0, tile.q1), "kv": columns}
+        return ranges[name]
 
     def _index(self, name: str) -> Tensor:
         shape = [1, 1, 1, 1]
         shape[INDEX_VARS.index(name)] = -1
-        return torch.arange(*self.ranges[name]).view(shape)
+        runs = self.tile.runs if name == "kv" else ((0, 0),)
+        return side_by_side([torch.arange(*self._range(name, run)) for run in runs], 0).view(shape)
 
     def tensor(self, e: Expr) -> Tensor:
         """``e`` as a tensor of four axes that broadcasts over the tile."""
@@ -425,55 +303,65 @@ class TileValues(dict[str, Value]):
         source = self[load.name]
         assert isinstance(source, Tensor)
         if load.direct:
-            value = self._view(load, source)
+            value = side_by_side([self._view(load, source, run) for run in self._runs(load)], -1)
         elif load.by_distance is not None:
-            value = self._by_distance(source[self._distance_indices(load)])
+            tables = ((run, source[self._distance_indices(load, run)]) for run in self._runs(load))
+            value = side_by_side([self._by_distance(table, run) for run, table in tables], -1)
         else:
             value = source[tuple(torch.as_tensor(evaluate(i, self)) for i in load.node.operands)]
             value = value[(None,) * (4 - value.dim())]
         return value.to(self.dtype) if value.is_floating_point() else value
 
-    def _view(self, load: Load, source: Tensor) -> Tensor:
-        """The part of ``source`` that the tile reads, as [b or 1, H or 1, rows or 1, columns or 1]."""
+    def _runs(self, load: Load) -> Runs:
+        """The runs that ``load`` tells apart."""
+        return self.tile.runs if "kv" in variables(load.node) else ((0, 0),)
+
+    def _view(self, load: Load, source: Tensor, columns: tuple[int, int]) -> Tensor:
+        """What a tile of these columns reads of ``source``: [b or 1, H or 1, rows or 1, columns or 1]."""
         axes: list[Any] = []
         for index in load.node.operands:
             if index.is_const:
                 source = source.select(len(axes), int(index.value))
             else:
-                start, stop = self.ranges[index.args[0]]
+                start, stop = self._range(index.args[0], columns)
                 source = source[(slice(None),) * len(axes) + (slice(start, stop),)]
                 axes.append(INDEX_VARS.index(index.args[0]))
         source = source.permute(sorted(range(len(axes)), key=axes.__getitem__))
         return source[tuple(slice(None) if axis in axes else None for axis in range(4))]
 
-    def _distance_indices(self, load: Load) -> tuple[Tensor, ...]:
+    def _distance_indices(self, load: Load, columns: tuple[int, int]) -> tuple[Tensor, ...]:
         assert load.by_distance is not None
-        (q0, q1), (k0, k1) = self.ranges["q"], self.ranges["kv"]
-        self[str(_D)] = torch.arange(k0 - q1 + 1, k1 - q0).view(1, 1, 1, -1)
+        first, last = columns[0] - self.tile.q1 + 1, columns[1] - self.tile.q0
+        self[str(_D)] = torch.arange(first, last).view(1, 1, 1, -1)
         return tuple(torch.as_tensor(evaluate(i, self)) for i in load.by_distance)
 
-    def _by_distance(self, table: Tensor) -> Tensor:
+    def _by_distance(self, table: Tensor, columns: tuple[int, int]) -> Tensor:
         """[…, rows + columns - 1] by distance → [.., .., rows, columns]."""
         table = table[(None,) * (4 - table.dim())]
-        columns = self.ranges["kv"][1] - self.ranges["kv"][0]
         # Window w of the table is the row that lies w above the last one.
-        return table.select(2, 0).unfold(-1, columns, 1).flip(-2)
+        return table.select(2, 0).unfold(-1, columns[1] - columns[0], 1).flip(-2)
 
     def add_gradient(self, load: Load, gradient: Tensor, into: Tensor) -> None:
         """Adds ``gradient`` [b, H, rows, columns] of the tile's values of ``load`` to ``into``."""
-        if load.direct:
-            view = self._view(load, into)
-            view.add_(_sum_to(gradient, view.shape))
+        if not load.direct and load.by_distance is None:
+            _put(into, tuple(torch.as_tensor(evaluate(i, self)) for i in load.node.operands), gradient)
             return
-        if load.by_distance is not None:
-            indices = self._distance_indices(load)
-            gradient = _sum_by_distance(gradient)
-        else:
-            indices = tuple(torch.as_tensor(evaluate(i, self)) for i in load.node.operands)
-        shape = torch.broadcast_shapes(*(i.shape for i in indices))
-        shape = (1,) * (4 - len(shape)) + tuple(shape)
-        gradient = _sum_to(gradient, shape).to(into.dtype)
-        into.index_put_(tuple(i.expand(shape) for i in indices), gradient, accumulate=True)
+        runs = self._runs(load)
+        parts = gradient.split(self.tile.lengths, -1) if len(runs) > 1 else (gradient,)
+        for run, part in zip(runs, parts, strict=True):
+            if load.direct:
+                view = self._view(load, into, run)
+                view.add_(_sum_to(part, view.shape))
+            else:
+                _put(into, self._distance_indices(load, run), _sum_by_distance(part))
+
+
+def _put(into: Tensor, indices: tuple[Tensor, ...], gradient: Tensor) -> None:
+    """``into[indices] += gradient``, summed first over the axes that no index depends on."""
+    shape = torch.broadcast_shapes(*(i.shape for i in indices))
+    shape = (1,) * (4 - len(shape)) + tuple(shape)
+    gradient = _sum_to(gradient, shape).to(into.dtype)
+    into.index_put_(tuple(i.expand(shape) for i in indices), gradient, accumulate=True)
 
 
 def _sum_to(gradient: Tensor, shape: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerance import assert_equal_under_rule
 
-from flashfuse.kernels import cpu, cpu_score
+from flashfuse.kernels import cpu, cpu_reach, cpu_score
 from flashfuse.kernels.reference import attention_reference
 from flashfuse.kernels.spec import ScoreProgram
 
@@ -256,7 +256,7 @@ def test_expanded_and_transposed_inputs():
 def tile_list(text, captures=(), sizes=(1, 2, 1024, 1024), rows=128, by_batch=False):
     program = ScoreProgram.parse(text)
     named = dict(zip(program.captures, captures, strict=True))
-    return cpu_score.tiles(program, named, (), sizes, rows, by_batch)
+    return cpu_reach.tiles(program, named, (), sizes, cpu_reach.Cut(rows, by_batch))
 
 
 def test_a_window_reaches_only_its_columns():
@@ -281,14 +281,19 @@ def test_nothing_outside_a_tile_is_allowed(mask):
     form = cpu_score.form_of(case.program)
     for by_batch in (False, True):
         seen = torch.zeros(2, 2, 300, 300, dtype=torch.bool)
-        for tile in cpu_score.tiles(case.program, named, ints, (2, 2, 300, 300), 64, by_batch):
+        cut = cpu_reach.Cut(64, by_batch)
+        for tile in cpu_reach.tiles(case.program, named, ints, (2, 2, 300, 300), cut):
             if tile.is_empty:
                 continue
             values = cpu_score.TileValues(form, named, ints, (2, 2, 300, 300), tile, torch.float32)
             allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool)
             for condition in tile.conditions:
                 allowed = allowed & values.tensor(condition)
-            seen[tile.b0 : tile.b1, :, tile.q0 : tile.q1, tile.k0 : tile.k1] = allowed
+            rows = tile.rows_of(seen)
+            for run, part in zip(
+                tile.runs, allowed.expand(*rows.shape[:3], tile.columns).split(tile.lengths, -1), strict=True
+            ):
+                rows[..., slice(*run)] = part
         q, k, v = (torch.zeros(2, 2, 300, 1) for _ in range(3))
         lse = attention_reference(q, k, v, case.captures, case.ints, case.program)[1]
         assert torch.equal(seen.sum(-1).float(), lse.exp().round())
