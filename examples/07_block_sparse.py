@@ -1,7 +1,7 @@
 """Long context with block-sparse attention: neighbours, a few global blocks, and every 16th block.
 
-The pattern is a ``mask_mod`` over blocks; what it empties is never visited.  This is another function than dense
-attention, so compare models, not numbers, before you use such a pattern.
+The pattern is a ``mask_mod`` over blocks; what it empties is never visited.  This is another function than
+dense attention, so compare models, not numbers, before you use such a pattern.
 """
 
 import time
