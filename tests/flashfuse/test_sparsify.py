@@ -115,8 +115,11 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize("model", [causal, plain])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "model"),
+    [*((p, causal) for p in PATTERNS), (PATTERNS[0], plain), (PATTERNS[-2], plain)],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
 def test_out_and_gradients_are_those_under_the_pattern(pattern, model):
     allowed = kept(pattern, 100, 100)
     if model is causal:
@@ -345,7 +348,7 @@ transformers = pytest.importorskip("transformers")
 def gpt2(**config):
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=97, n_embd=16, n_layer=2, n_head=2, n_positions=128, use_cache=False, bos_token_id=0,
+        vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=128, use_cache=False, bos_token_id=0,
         eos_token_id=0, attn_implementation="eager", **config,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config).train()
@@ -396,6 +399,15 @@ def test_models_are_verified_against_the_masked_reference(make, pattern):
     assert "APPROXIMATE" in str(check)
 
 
+def test_weights_that_a_model_returns_are_those_under_the_pattern():
+    torch._dynamo.reset()
+    pattern = LocalGlobal(0, 1, block=SMALL)
+    model, given = bert().eval(), {**tokens(padded=True), "output_attentions": True}
+    assert flashfuse.verify(model, backward=False, options={"sparsity": pattern}, **given).ok
+    weights = compiled(model, pattern)(**given).attentions[0]
+    assert not (weights[1] * ~kept(pattern, 70, 70)[0]).any() and site().approximation is not None
+
+
 def test_verify_sees_kernels_that_ignore_the_pattern(monkeypatch):
     from flashfuse.kernels import cpu
 
@@ -422,7 +434,7 @@ def test_training_with_dropout_and_checkpointing_gives_the_gradients_of_the_same
     straight = step(model, compiled(model, pattern))
     model.gradient_checkpointing_enable()
     again = step(model, compiled(model, pattern))
-    assert flashfuse.last_report().num_approximate == 2
+    assert flashfuse.last_report().num_approximate == 1
     for a, b in zip(straight, again, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -431,11 +443,11 @@ def test_training_lowers_the_loss_while_masks_change():
     model, pattern = gpt2(attn_pdrop=0.1), BlockMask(torch.ones(2, 5, 5, dtype=torch.bool), SMALL)
     run, optimizer = compiled(model, pattern), torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
-    for seed in range(8):
+    for seed in range(5):
         loss = run(**tokens(), labels=tokens()["input_ids"]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
         pattern.update(random_mask(2, blocks=5, seed=seed) | torch.eye(5, dtype=torch.bool))
-    assert losses[-1] < losses[0] and sum(r.num_approximate for r in flashfuse.reports()) == 2
+    assert losses[-1] < losses[0] and sum(r.num_approximate for r in flashfuse.reports()) == 1
