@@ -27,7 +27,7 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     losses = []
     started = time.perf_counter()
-    for _ in range(3):
+    for _ in range(8):
         tokens = torch.randint(WORDS // 2, (1, LENGTH))  # half of the words never occur
         loss = torch.nn.functional.cross_entropy(sparse(tokens).logits[0, :-1], tokens[0, 1:])
         optimizer.zero_grad()
