@@ -116,7 +116,7 @@ class Generated:
         table: the one load among them whose index depends on q and kv only by their difference, if there is
             one: ``Table``, and what of ``accumulate`` is left without it.
         sums_rows: a wanted gradient is summed over the keys of a row, where the errors of dS add up.
-        loads_tiles: something is loaded per element, at an index of both q and kv.
+        loads_tiles: the score loads something per element, at an index of both q and kv.
     """
 
     score: Any
@@ -181,9 +181,7 @@ def generate(
         folded=folded,
         loads_tiles=any(
             node.op == "load" and _axis(node) == 2 and not (names.scatters and is_scattered(node))
-            for e in (score, mask)
-            if e is not None
-            for node in walk(e)
+            for node in walk(score)
         ),
         sums_rows=any(_sums_rows(score, program.captures[index]) for index, _ in grads),
     )

@@ -52,7 +52,7 @@ _SINGLE: dict[str, tuple[Config, Config, Config]] = {
 }
 # Square tiles.
 _TABLE: dict[int, tuple[Config, Config, Config]] = {
-    2: (_C(64, 64, 4, 2), _C(64, 64, 4, 2), _C(32, 32, 4, 1)),
+    2: (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1)),
     4: (_C(32, 32, 4, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1)),
 }
 
@@ -78,7 +78,9 @@ def choose(kernel: str, kind: Kind) -> Config:
     """The config of ``forward``, ``dkdv``, ``dq`` or ``table``; that of ``decode`` is for the fewest rows."""
     bucket = 0 if kind.head_dim <= 64 else 1 if kind.head_dim <= 128 else 2
     if kernel in ("decode", "table"):
-        return {"decode": _DECODE, "table": _TABLE}[kernel][2 if kind.itemsize == 2 else 4][bucket]
+        config = {"decode": _DECODE, "table": _TABLE}[kernel][2 if kind.itemsize == 2 else 4][bucket]
+        # Numbers for dropout are drawn while the next tile is on its way.
+        return config._replace(stages=2) if kernel == "table" and kind.dropout and bucket < 2 else config
     if kind.itemsize != 2:
         return _SINGLE[kernel][bucket]
     if kind.loads_tiles and bucket < 2:

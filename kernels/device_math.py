@@ -13,6 +13,11 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which knows no instruction of a device."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 @triton.jit
 def widened(x):  # type: ignore[no-untyped-def]
     """Integers of fewer than 32 bits as int32: their own arithmetic would overflow."""

@@ -14,13 +14,14 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from flashfuse.kernels import backward as backward_kernels
 from flashfuse.kernels import block_map, configs, decode, dropout, sinks
 from flashfuse.kernels.codegen import LOG2E, Generated, generate
+from flashfuse.kernels.device_math import is_interpreted
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward
+from flashfuse.kernels.interval import needs_elements
 from flashfuse.kernels.launch import Launch, Launches, launch, on_device
 from flashfuse.kernels.layout import bshd, fits, is_aligned, map_strides, padded, strides_of, typed
 from flashfuse.kernels.ops import BLOCK
@@ -230,7 +231,7 @@ class _Site:
         buffer_types, buffer_numbers = typed(buffers)
         self.gnums = tuple(n for s in buffer_numbers for n in s)
         grads = tuple(zip(self.of_score, buffer_types, strict=True))
-        approximate = self.itemsize == 2 and not triton.knobs.runtime.interpret
+        approximate = self.itemsize == 2 and not is_interpreted()
         self.code: Generated = generate(self.program, types, grads, self.precision != "ieee", approximate)
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
         self.launches = Launches()
@@ -262,7 +263,8 @@ class _Site:
     def config(self, kernel: str) -> configs.Config:
         plain = self.code.scale is not None and self.program.mask is None
         width = max(self.d_pad, self.dv_pad)
-        loads = self.code.loads_tiles
+        mask = self.program.mask
+        loads = self.code.loads_tiles or (mask is not None and needs_elements(mask))
         kind = configs.Kind(width, self.itemsize, self.capability, self.dropout, plain, loads, self.q_len)
         return configs.choose(kernel, kind)
 
