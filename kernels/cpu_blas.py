@@ -254,6 +254,9 @@ def forward(
             continue
         if site.dropout is not None:
             _drop(w.weights, site.dropout.keep_bits(tile))
+            if w.dead is not None and program.dead_rows in NAN:
+                # What dropout makes of NaN is NaN.
+                w.weights.masked_fill_(w.dead, float("nan"))
         weights = w.weights.view(keys.shape[0], -1, tile.columns)
         rows_out = torch.bmm(weights, tile.take(v[tile.b0, kv_heads], 1).to(site.dtype))
         if site.dropout is not None:

@@ -205,5 +205,6 @@ def attention_reference(
         weights = torch.where(dead, of_dead, weights)
     if dropout_p:
         assert keep is not None
-        weights = torch.where(keep, weights / (1 - dropout_p), 0)
+        # A product, as PyTorch's dropout: a NaN that is dropped stays one.
+        weights = weights / (1 - dropout_p) * keep
     return weights @ v.repeat_interleave(group, 1), lse
