@@ -1,8 +1,9 @@
 """The grid of sites that the kernels are held to, in pieces: a covering array, and all of it in random order.
 
-A :class:`Point` is a value of each axis; :meth:`Grid.case` makes a :class:`kernel_cases.Case` of it.  The grid
-has some 400 000 points, too many to run at once, so :meth:`Grid.covering` picks few of them in which any two (or
-three) values of different axes meet, as far as they can, and :meth:`Grid.shuffled` gives all in random order.
+A :class:`Point` is a value of each axis; :meth:`Grid.case` makes a :class:`kernel_cases.Case` of it.
+The grid has some 400 000 points, too many to run at once, so :meth:`Grid.covering` picks few of them in
+which any two (or three) values of different axes meet, as far as they can, and :meth:`Grid.shuffled` gives
+all in random order.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ Sizes = tuple[int, int, int, int]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = {d: (d, d) for d in (16, 40, 64, 96, 128)} | {"192/128": (192, 128), 256: (256, 256)}
-HEADS = {1: (2, 2), 3: (6, 2), 8: (8, 1)}
-"""Query heads that share a key head → (H, H_kv)."""
-FEW_HEADS = {1: (1, 1), 3: (3, 1), 8: (8, 1)}
+HEADS = {1: (2, 2, 2), 3: (2, 6, 2), 8: (2, 8, 1)}
+"""Query heads that share a key head → (B, H, H_kv)."""
+FEW_HEADS = {1: (2, 1, 1), 3: (1, 3, 1), 8: (1, 8, 1)}
 RELATIONS = ("same", "more keys", "more queries")
 NEVER_DEAD = ("none", "causal", "prefix")
 MODES = ("mean", "uniform", "nan", "zero")
@@ -158,9 +159,9 @@ class Grid:
 
     partner: dict[int, int]
     dims: tuple[Value, ...] = tuple(DIMS)
-    heads: dict[int, tuple[int, int]] = dataclasses.field(default_factory=lambda: HEADS)
-    two_up_to: int = 1 << 20
-    """Two sequences where H · Sq · Skv is up to this, one beyond: the reference holds matrices of float64."""
+    heads: dict[int, tuple[int, int, int]] = dataclasses.field(default_factory=lambda: HEADS)
+    one_beyond: int = 1 << 20
+    """One sequence where H · Sq · Skv is larger: the reference holds matrices of float64."""
     most: int = 1 << 40
     """No points where H · Sq · Skv is larger."""
     window: int = 100
@@ -186,7 +187,7 @@ class Grid:
         if not {"length", "relation", "group"} <= row.keys():
             return True
         sq, skv = self.lengths(row["length"], row["relation"])
-        return self.heads[row["group"]][0] * sq * skv <= self.most
+        return self.heads[row["group"]][1] * sq * skv <= self.most
 
     def rows(self, axes: Sequence[str]) -> list[Row]:
         """All combinations of the values of ``axes``."""
@@ -221,7 +222,7 @@ class Grid:
     def case(self, point: Point) -> Case:
         """The site of ``point``: program text, captures in the program's order, and their gradients."""
         sq, skv = self.lengths(point.length, point.relation)
-        heads, kv_heads = self.heads[point.group]
+        batch, heads, kv_heads = self.heads[point.group]
         dims = DIMS[point.dims]
         # A softmax of unit scale: q and k are standard normal.
         scale = dims[0] ** -0.5
@@ -233,7 +234,7 @@ class Grid:
         text += " sink sinks[h]" if point.program == "sinks" else ""
         text += f" else {point.dead}" if point.dead != "none" else ""
         names = ScoreProgram.parse(text).captures
-        batch = 2 if heads * sq * skv <= self.two_up_to else 1
+        batch = batch if heads * sq * skv <= self.one_beyond else 1
 
         def captures(b: int, h: int, sq: int, skv: int) -> Sequence[Tensor]:
             by_head = h if point.mask == "blocks by head" else 1
@@ -321,12 +322,12 @@ def _met(row: Row, axes: Sequence[str], strength: int, new: str | None = None) -
         yield tuple((a, row[a]) for a in names)
 
 
-FULL = Grid({1: 257, 63: 1000, 128: 2051, 257: 63, 1000: 128, 2051: 1}, two_up_to=1 << 23)
+FULL = Grid({1: 257, 63: 1000, 128: 2051, 257: 63, 1000: 128, 2051: 1}, one_beyond=1 << 23)
 """The whole grid, for a GPU."""
 CPU = Grid({1: 257, 63: 1000, 128: 257, 257: 63, 1000: 128})
 """For the CPU variant."""
 INTERPRETER = Grid(
-    {1: 63, 33: 129, 63: 1, 129: 1}, (16, 40), FEW_HEADS, two_up_to=1100, most=17_000, window=20
+    {1: 63, 33: 129, 63: 1, 129: 1}, (16, 40), FEW_HEADS, one_beyond=5000, most=17_000, window=20
 )
 """As much as Triton's interpreter can run in time."""
 
