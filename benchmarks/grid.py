@@ -255,7 +255,7 @@ def page(grid: Any, array: list[Any], results: list[Result], seconds: float, opt
         f"of the covering array of {len(array)} (any three values of different axes meet)": first,
         f"of the whole grid of {len(grid)}": len(run),
         "outside the rule": counts["failure"],
-        "outside under one draw by less than twice, inside under five more": counts["luck"],
+        f"outside under one draw by a factor below {load().LUCK}, inside under five more": counts["luck"],
         "not run for want of memory": counts["memory"],
     }
     lines = [

@@ -334,6 +334,9 @@ INTERPRETER = Grid(
 
 # --- running ------------------------------------------------------------------------------------
 
+LUCK = 8
+"""A sink's gradient may have two elements, both of which the original happens to have nearly exactly."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -357,15 +360,15 @@ class Outcome:
 def check(implementation: Any, grid: Grid, point: Point, device: str, seed: int = 0) -> Outcome:
     """Forward, backward and capture gradients of ``point`` against float64 under the rule.
 
-    The largest rounding of few elements is as much luck as anything.  So what exceeds the rule by less than
-    twice is drawn five times more, and fails if those, taken together, are outside as well.
+    The largest rounding of few elements is as much luck as anything, the original's too.  So what exceeds
+    the rule by a factor below ``LUCK`` is drawn five times more, and fails if those, together, are outside.
     """
     case = grid.case(point)
     items = tuple(measure_case(implementation, case, device, seed))
     wrong = [i for i in items if not i.ok]
     if not wrong:
         return Outcome(point, items)
-    if all(i.error_ours < 2 * i.limit for i in wrong):
+    if all(i.error_ours < LUCK * i.limit for i in wrong):
         again = tuple(measure_case(implementation, case, device, seed + 1000, 5))
         if all(i.ok for i in again):
             return Outcome(point, again, luck=_sentence(wrong))
