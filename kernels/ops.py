@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 
-from flashfuse.kernels import dispatch
+from flashfuse.kernels import autograd, dispatch
 from flashfuse.kernels.spec import ScoreProgram
 
 BLOCK = 128
@@ -211,90 +212,103 @@ def _(captures, ints, like, B, H, Sq, Skv, mask):  # type: ignore[no-untyped-def
 
 # --- gradients ---------------------------------------------------------------------------------
 
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, captures, ints, maps, seed, program, dropout_p, variant = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, seed, *captures, *maps)
-    ctx.num_captures = len(captures)
-    ctx.ints, ctx.program, ctx.dropout_p, ctx.variant = ints, program, dropout_p, variant
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
+_ATTENTION_BACKWARD = torch.ops.flashfuse.attention_backward.default
+_WEIGHTS_BACKWARD = torch.ops.flashfuse.attention_weights_backward.default
 
 
-def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    if dlse is not None:
-        raise RuntimeError("flashfuse::attention: lse is not differentiable; use out")
-    q, k, v, out, lse, seed, *rest = ctx.saved_tensors
-    captures, maps = rest[: ctx.num_captures], rest[ctx.num_captures :]
-    # An empty list of integers looks like an empty list of tensors, which wants a list back.
-    no_ints: list[None] | None = None if ctx.ints else []
-    no_maps = [None] * len(maps)
-    if do is None:
-        return None, None, None, [None] * len(captures), no_ints, no_maps, None, None, None, None
-    wanted = _wanted(ctx.program, ctx.needs_input_grad[3])
-    dq, dk, dv, *dcaptures = torch.ops.flashfuse.attention_backward(
-        do, q, k, v, out, lse, captures, ctx.ints, maps, seed, ctx.program, ctx.dropout_p, ctx.variant, wanted
-    )
-    grads: list[Tensor | None] = [None] * len(captures)
-    for i, grad in zip(wanted, dcaptures, strict=True):
-        grads[i] = grad
-    return dq, dk, dv, grads, no_ints, no_maps, None, None, None, None
+class FlashfuseAttention(torch.autograd.Function):
+    """``flashfuse::attention`` as ``autograd.register`` calls it: gradients for q, k, v and the captures."""
+
+    @staticmethod
+    def forward(ctx: Any, run: autograd.Run, args: tuple[Any, ...], *_: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = run(args)
+        q, k, v, captures, ints, maps, seed, program, dropout_p, variant = args
+        ctx.save_for_backward(q, k, v, out, lse, seed, *captures, *maps)
+        ctx.site = len(captures), ints, program, dropout_p, variant
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dlse is not None:
+            raise RuntimeError("flashfuse::attention: lse is not differentiable; use out")
+        count, ints, program, dropout_p, variant = ctx.site
+        if do is None:
+            return (None,) * (5 + count)
+        q, k, v, out, lse, seed, *rest = ctx.saved_tensors
+        captures, maps = rest[:count], rest[count:]
+        wanted = _wanted(program, ctx.needs_input_grad[5:])
+        dq, dk, dv, *dcaptures = _ATTENTION_BACKWARD(
+            do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, wanted
+        )
+        return None, None, dq, dk, dv, *_placed(dcaptures, wanted, count)
 
 
-torch.library.register_autograd("flashfuse::attention", _backward, setup_context=_setup_context)
+class FlashfuseWeights(torch.autograd.Function):
+    """``flashfuse::attention_weights`` likewise: gradients for q, k and the captures."""
+
+    @staticmethod
+    def forward(ctx: Any, run: autograd.Run, args: tuple[Any, ...], *_: Tensor) -> Tensor:
+        q, k, captures, ints, seed, program, dropout_p, variant, _dtype = args
+        ctx.save_for_backward(q, k, seed, *captures)
+        ctx.site = ints, program, dropout_p, variant
+        ctx.set_materialize_grads(False)
+        weights: Tensor = run(args)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
+        ints, program, dropout_p, variant = ctx.site
+        if dweights is None:
+            return (None,) * len(ctx.needs_input_grad)
+        q, k, seed, *captures = ctx.saved_tensors
+        wanted = _wanted(program, ctx.needs_input_grad[4:])
+        dq, dk, *dcaptures = _WEIGHTS_BACKWARD(
+            dweights, q, k, captures, ints, seed, program, dropout_p, variant, wanted
+        )
+        return None, None, dq, dk, *_placed(dcaptures, wanted, len(captures))
 
 
-def _wanted(program: str, needs: Any) -> list[int]:
+def _wanted(program: str, needs: Sequence[bool]) -> list[int]:
     """The captures whose gradients are asked for."""
+    if True not in needs:
+        return []
     parsed = ScoreProgram.parse(program)
-    return [
-        i
-        for i, name in enumerate(parsed.captures)
-        if name in parsed.differentiable and (needs[i] if isinstance(needs, (list, tuple)) else needs)
-    ]
+    return [i for i, name in enumerate(parsed.captures) if needs[i] and name in parsed.differentiable]
 
 
-def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, captures, ints, seed, program, dropout_p, variant, _ = inputs
-    ctx.save_for_backward(q, k, seed, *captures)
-    ctx.ints, ctx.program, ctx.dropout_p, ctx.variant = ints, program, dropout_p, variant
-    ctx.set_materialize_grads(False)
+def _placed(grads: Sequence[Tensor], at: Sequence[int], count: int) -> list[Tensor | None]:
+    """``grads`` at their places ``at`` among ``count``."""
+    placed: list[Tensor | None] = [None] * count
+    for i, grad in zip(at, grads, strict=True):
+        placed[i] = grad
+    return placed
 
 
-def _weights_gradients(ctx: Any, dweights: Tensor | None) -> tuple[Any, ...]:
-    q, k, seed, *captures = ctx.saved_tensors
-    no_ints: list[None] | None = None if ctx.ints else []
-    grads: list[Tensor | None] = [None] * len(captures)
-    if dweights is None:
-        return None, None, grads, no_ints, None, None, None, None, None
-    wanted = _wanted(ctx.program, ctx.needs_input_grad[2])
-    dq, dk, *dcaptures = torch.ops.flashfuse.attention_weights_backward(
-        dweights, q, k, captures, ctx.ints, seed, ctx.program, ctx.dropout_p, ctx.variant, wanted
-    )
-    for i, grad in zip(wanted, dcaptures, strict=True):
-        grads[i] = grad
-    return dq, dk, grads, no_ints, None, None, None, None, None
+for _name, _kernel, _leading, _function in (
+    ("attention", _attention, 3, FlashfuseAttention),
+    ("attention_backward", _attention_backward, 6, autograd.NoSecondDerivative),
+    ("attention_weights", _weights, 2, FlashfuseWeights),
+    ("attention_weights_backward", _weights_backward, 3, autograd.NoSecondDerivative),
+):
+    autograd.register(_LIBRARY, _name, _kernel, _leading, _function)
 
 
-torch.library.register_autograd(
-    "flashfuse::attention_weights", _weights_gradients, setup_context=_setup_weights
-)
-
-
-def _autocast(device_type: str) -> Any:
+def _autocast(device_type: str, key: DispatchKey) -> Any:
     """Under autocast the original's two matmuls run in the autocast dtype; so do ours."""
+    op, autocast = torch.ops.flashfuse.attention.default, DispatchKeySet(key)
 
     def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
-        with torch.amp.autocast(device_type, enabled=False):
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
             cast = (
                 t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v)
             )
-            return torch.ops.flashfuse.attention(*cast, *rest)
+            return op(*cast, *rest)
 
     return run
 
 
-_LIBRARY.impl("attention", _autocast("cuda"), "AutocastCUDA")
-_LIBRARY.impl("attention", _autocast("cpu"), "AutocastCPU")
+for _device, _autocast_key in (("cuda", DispatchKey.AutocastCUDA), ("cpu", DispatchKey.AutocastCPU)):
+    _LIBRARY.impl("attention", _autocast(_device, _autocast_key), _autocast_key.name)
