@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import LOG2E, dot_add, keep_draw, sink_of_rows
+from flashfuse.kernels.device_math import LOG2E, dot_add, dot_rows, keep_draw, sink_of_rows
 from flashfuse.kernels.forward import load_rows, tile_start
 
 HUGE_LSE: tl.constexpr = tl.constexpr(4096.0)
@@ -120,7 +120,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
             offset = start.to(tl.int64) * 8
             columns = tl.arange(0, BN)
             k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, True)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+            s = dot_rows(q, k, PRECISION)  # [BM, BN]
             kv = tl.minimum(start + columns, Skv - 1)
             if SCALE is not None:
                 x = s * SCALE
@@ -133,7 +133,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
             total += tl.sum(p, 1)
             if EXACT:
                 v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, True)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                dp = dot_rows(do, v, PRECISION)
                 if DROPOUT:
                     keep = keep_draw(seed, bh, first, start, BM, BN) >= threshold
                     dp = tl.where(keep, dp * drop_scale, 0.0)
@@ -179,7 +179,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
         norm = tl.load(norm_base + rows, mask=rows < Sq, other=0.0)
     if CHECK:
         rows = tl.minimum(rows, Sq - 1)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
+    s = dot_rows(k, q, PRECISION)  # [BN, BM]
     if SCALE is not None:
         x = s * SCALE
     else:
@@ -189,7 +189,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
         allowed = MASK(b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
         p = tl.where(allowed, p, 0.0)
     do = load_rows(do_base + offset * sgs, local, sgs, Sq - start, DV, DV_PAD, CHECK)  # [BM, DV_PAD]
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
+    dp = dot_rows(v, do, PRECISION)  # [BN, BM]
     if DROPOUT:
         keep = tl.trans(keep_draw(seed, bh, start, kv_first, BM, BN)) >= threshold
         dv = dot_add(tl.where(keep, p, 0.0).to(do.dtype), do, dv, PRECISION)
@@ -348,7 +348,7 @@ def _ds_tile(  # type: ignore[no-untyped-def]
     allowed = (kv < Skv)[None, :]
     if CHECK:
         kv = tl.minimum(kv, Skv - 1)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    s = dot_rows(q, k, PRECISION)  # [BM, BN]
     if SCALE is not None:
         x = s * SCALE
     else:
@@ -363,7 +363,7 @@ def _ds_tile(  # type: ignore[no-untyped-def]
         p = tl.where(allowed, p, 0.0)
     elif CHECK:
         p = tl.where(allowed, p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+    dp = dot_rows(do, v, PRECISION)  # [BM, BN]
     if DROPOUT:
         dp = tl.where(keep_draw(seed, bh, q_first, start, BM, BN) >= threshold, dp * drop_scale, 0.0)
     return p * (dp - delta[:, None]), s, k, kv, allowed

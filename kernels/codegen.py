@@ -116,7 +116,8 @@ class Generated:
         table: the one load among them whose index depends on q and kv only by their difference, if there is
             one: ``Table``, and what of ``accumulate`` is left without it.
         sums_rows: a wanted gradient is summed over the keys of a row, where the errors of dS add up.
-        loads_tiles: the score loads something per element, at an index of both q and kv.
+        loads: ``tiles`` where the score loads something at an index of both q and kv, ``scattered`` where
+            that is by ``load_scattered``, else ``""``.
     """
 
     score: Any
@@ -129,7 +130,7 @@ class Generated:
     dscale: float | None
     folded: bool
     sums_rows: bool
-    loads_tiles: bool
+    loads: str
 
 
 @functools.lru_cache(maxsize=1024)
@@ -179,12 +180,16 @@ def generate(
         scale=scale,
         dscale=dscale,
         folded=folded,
-        loads_tiles=any(
-            node.op == "load" and _axis(node) == 2 and not (names.scatters and is_scattered(node))
-            for node in walk(score)
-        ),
+        loads=_loads(score, names),
         sums_rows=any(_sums_rows(score, program.captures[index]) for index, _ in grads),
     )
+
+
+def _loads(score: Expr, names: Names) -> str:
+    of_pairs = [node for node in walk(score) if node.op == "load" and _axis(node) == 2]
+    if not of_pairs:
+        return ""
+    return "scattered" if names.scatters and all(map(is_scattered, of_pairs)) else "tiles"
 
 
 def _sums_rows(score: Expr, capture: str) -> bool:
@@ -573,7 +578,7 @@ class Printer:
         name = e.args[0]
         kind = self.names.types[name]
         offset = self.offset(e.operands, self.names.strides[name], kind.wide)
-        if self.names.scatters and kind.kind == "float" and is_scattered(e):
+        if self.names.scatters and kind.kind != "bool" and is_scattered(e):
             return f"load_scattered({self.names.pointer[name]} + {offset})"
         text = f"tl.load({self.names.pointer[name]} + {offset})"
         if kind.kind == "float":

@@ -43,10 +43,16 @@ _DENSE: dict[tuple[str, int, bool], Config] = {
     ("dkdv", 128, True): _C(64, 128, 8, 3),
 }
 _LONG = 4096
-# Where a bias or a mask is loaded per element its addresses take registers too.
+# Where a bias or a mask is loaded per element its addresses take registers, and its tiles shared memory.
 _TILE_LOADS = {"forward": _C(64, 64, 4, 2), "dkdv": _C(32, 64, 4, 2), "dq": _C(64, 32, 4, 2)}
+# Entries of tables, on capability 9: head dims up to 64, up to 128
+_SCATTERED = {
+    "forward": (_C(64, 64, 4, 3), _C(64, 64, 4, 3)),
+    "dkdv": (_C(32, 64, 4, 3), _C(32, 64, 4, 2)),
+    "dq": (_C(64, 32, 4, 3), _C(64, 32, 4, 3)),
+}
 _SINGLE: dict[str, tuple[Config, Config, Config]] = {
-    "forward": (_C(32, 32, 4, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 1)),
+    "forward": (_C(32, 32, 4, 2), _C(32, 32, 8, 2), _C(16, 32, 8, 1)),
     "dkdv": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1)),
     "dq": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1)),
 }
@@ -62,7 +68,7 @@ class Kind(NamedTuple):
 
     ``head_dim`` is the larger of the padded D and Dv, ``itemsize`` the bytes of an element of q,
     ``capability`` the device's major compute capability, ``plain`` a score ``s*c`` without a mask,
-    ``loads_tiles`` that something is loaded per element.
+    ``loads`` is ``tiles`` where something is loaded per element, ``scattered`` where entries of tables are.
     """
 
     head_dim: int
@@ -70,7 +76,7 @@ class Kind(NamedTuple):
     capability: int
     dropout: bool
     plain: bool
-    loads_tiles: bool
+    loads: str
     length: int
 
 
@@ -79,13 +85,16 @@ def choose(kernel: str, kind: Kind) -> Config:
     bucket = 0 if kind.head_dim <= 64 else 1 if kind.head_dim <= 128 else 2
     if kernel in ("decode", "table"):
         config = {"decode": _DECODE, "table": _TABLE}[kernel][2 if kind.itemsize == 2 else 4][bucket]
+        if kernel == "table" and kind.capability != 9:
+            return config._replace(warps=8)
         # Numbers for dropout are drawn while the next tile is on its way.
         return config._replace(stages=2) if kernel == "table" and kind.dropout and bucket < 2 else config
     if kind.itemsize != 2:
         return _SINGLE[kernel][bucket]
-    if kind.loads_tiles and bucket < 2:
-        return _TILE_LOADS[kernel]
     capability = min(max(kind.capability, 8), 10)
+    if kind.loads and bucket < 2:
+        scattered = kind.loads == "scattered" and capability == 9
+        return _SCATTERED[kernel][bucket] if scattered else _TILE_LOADS[kernel]
     if capability == 9 and kind.plain and not kind.dropout:
         dense = _DENSE.get((kernel, (64, 128, 256)[bucket], kind.length >= _LONG))
         if dense is not None:

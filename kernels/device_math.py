@@ -62,13 +62,12 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 def dot_rows(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """a bᵀ [M, N] of a [M, K] and b [N, K].
 
-    In full float32 a product is one chain of K sums.  Where there are few rows the products of vectors that
-    an eager model runs add in trees, so a long chain is cut here too.
+    In full float32 a product is one chain of K sums.  Libraries cut long ones, which rounds less.
     """
     M: tl.constexpr = a.shape[0]
     N: tl.constexpr = b.shape[0]
     K: tl.constexpr = a.shape[1]
-    if PRECISION == "ieee" and M <= 16 and K > 128:
+    if PRECISION == "ieee" and K > 128:
         PARTS: tl.constexpr = K // 32
         parts_a = tl.permute(tl.reshape(a, [M, PARTS, 32]), (1, 0, 2))
         parts_b = tl.permute(tl.reshape(b, [N, PARTS, 32]), (1, 2, 0))
@@ -103,10 +102,10 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def load_scattered(ptrs):  # type: ignore[no-untyped-def]
-    """float32 of the elements at a tile of pointers, read by the threads that compute with them.
+    """The elements at a tile of pointers, read by the threads that compute with them; floats as float32.
 
-    ``tl.load`` gives a tile a layout in which neighbours are read together, and the scores would be
-    brought into that through shared memory.  Entries of a small table come from the cache in any order.
+    ``tl.load`` gives a tile a layout in which neighbours are read together, through which the scores would
+    have to go, and room in shared memory.  Entries of a small table come from the cache in any order.
     """
     if ptrs.dtype.element_ty == tl.float32:
         return tl.inline_asm_elementwise(
@@ -117,13 +116,22 @@ def load_scattered(ptrs):  # type: ignore[no-untyped-def]
             "{ .reg .b16 x; ld.global.nc.b16 x, [$1]; cvt.f32.f16 $0, x; }",
             "=f,l", [ptrs], dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-    else:
-        tl.static_assert(ptrs.dtype.element_ty == tl.bfloat16)
+    elif ptrs.dtype.element_ty == tl.bfloat16:
         bits = tl.inline_asm_elementwise(
             "{ .reg .b32 x; ld.global.nc.u16 x, [$1]; shl.b32 $0, x, 16; }",
             "=r,l", [ptrs], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
         return bits.to(tl.float32, bitcast=True)
+    elif ptrs.dtype.element_ty == tl.int64:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.s64 $0, [$1];", "=l,l", [ptrs], dtype=tl.int64, is_pure=True, pack=1
+        )
+    elif ptrs.dtype.element_ty == tl.int32:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.s32 $0, [$1];", "=r,l", [ptrs], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return widened(tl.load(ptrs))
 
 
 @triton.jit

@@ -264,7 +264,7 @@ class _Site:
         plain = self.code.scale is not None and self.program.mask is None
         width = max(self.d_pad, self.dv_pad)
         mask = self.program.mask
-        loads = self.code.loads_tiles or (mask is not None and needs_elements(mask))
+        loads = "tiles" if mask is not None and needs_elements(mask) else self.code.loads
         kind = configs.Kind(width, self.itemsize, self.capability, self.dropout, plain, loads, self.q_len)
         return configs.choose(kernel, kind)
 
