@@ -154,7 +154,7 @@ def varlen(document: Tensor) -> Way:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = (t[0].transpose(0, 1) for t in (q, k, v))  # [N, H, D]
-        out = varlen_attn(*rows, ends, ends, longest, longest, is_causal=True)
+        out = varlen_attn(*rows, ends, ends, longest, longest, window_size=(-1, 0))
         return out.transpose(0, 1)[None]
 
     return run
