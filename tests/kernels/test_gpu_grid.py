@@ -40,14 +40,15 @@ def programs():
 
 @pytest.mark.parametrize("point", list(programs()), ids=str)
 def test_results_are_bitwise_repeatable(point):
-    """Out, lse and the gradients of q, k and v; those of captures are not asked for."""
+    """Out, lse and all gradients, those of captures among them."""
     kernels = implementation()
-    tensors, site, _ = site_of(kernels, FULL.case(point), "cuda", seed=0)
+    case = FULL.case(point)
+    tensors, site, _ = site_of(kernels, case, "cuda", seed=0)
     q, k, v, do = tensors
 
     def run():
         out, lse = kernels.forward(q, k, v, *site)
-        return [out, lse, *kernels.backward(do, q, k, v, out, lse, *site, ())]
+        return [out, lse, *kernels.backward(do, q, k, v, out, lse, *site, case.grads)]
 
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

@@ -134,6 +134,20 @@ for case in [CASES]:
     case = Case(**case)
     attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
 """, 25),
+    # Sums of integers, in two passes.
+    "deterministic": ("""
+torch.use_deterministic_algorithms(True)
+def table(b, h, sq, skv):
+    return [torch.randn(h, sq + skv - 1)]
+for case in [
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q", sizes=(2, 2, 33, 33), captures=table),
+    dict(program="s*0.158 + slope[h]*(kv - q)", sizes=(2, 2, 20, 33), captures=sinks),
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q and pad[b, kv] else uniform",
+         sizes=(2, 2, 20, 20), captures=lambda *n: [*table(*n), *left_pad(*n)]),
+]:
+    case = Case(**case, grads=(0,), dims=(16, 16))
+    attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
+""", 3),
     "few queries": ("""
 run_launch, launched = launch.launch, []
 def recorded(what, *tensors):
