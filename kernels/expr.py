@@ -215,7 +215,10 @@ def add(*operands: Expr) -> Expr:
                 parts = [const(parts[0].value + part.value)]
             elif not _is_zero(part):
                 parts.append(part)
-        parts = parts or [ZERO]
+        parts = [part for part in parts if not _is_zero(part)] or [ZERO]
+        if len(parts) < len(flat):
+            # What stands first now may be integral.
+            return add(*parts)
     return parts[0] if len(parts) == 1 else Expr("+", *parts)
 
 

@@ -211,3 +211,8 @@ def test_programs_that_are_none():
         ScoreProgram.parse("s where kv <= q else maybe")
     with pytest.raises(ValueError, match="over the score"):
         ScoreProgram.parse("s where s > 0")
+
+
+def test_what_follows_a_real_zero_is_collected():
+    b = E.var("b")
+    assert str(E.add(E.const(0.0), b, b)) == str(E.add(E.const(0.5), E.const(-0.5), b, b)) == "b*2"
