@@ -41,7 +41,7 @@ from flashfuse.kernels.expr import (
     variables,
     walk,
 )
-from flashfuse.kernels.spec import ScoreProgram
+from flashfuse.kernels.spec import ScoreProgram, conditions
 
 LOG2E = 1 / math.log(2)
 _FLOAT32_MAX = float(torch.finfo(torch.float32).max)
@@ -378,11 +378,6 @@ def _add(load: _Load, value: str, printer: Printer) -> None:
     printer.lines.append(f"add_gradient({buffer}, {scale}, {offset}, {value})")
 
 
-def _conditions(mask: Expr) -> tuple[Expr, ...]:
-    """What must all hold."""
-    return tuple(mask.operands) if mask.op == "and" else (mask,)
-
-
 def _table_functions(program: ScoreProgram, table: _Load, loads: Sequence[_Load], names: Names) -> list[str]:
     found = []
     slope = derivative(program.score, table.node)
@@ -391,8 +386,9 @@ def _table_functions(program: ScoreProgram, table: _Load, loads: Sequence[_Load]
     printer = Printer(names)
     _add(table, "g", printer)
     found.append(render("table_add", _GRADIENT_PARAMETERS, printer.lines))
-    conditions = () if program.mask is None else _conditions(program.mask)
-    reach = [c for c in conditions if _is_shifted(c) and not any(n.op == "load" for n in walk(c))]
+    reach = [
+        c for c in conditions(program.mask) if _is_shifted(c) and not any(n.op == "load" for n in walk(c))
+    ]
     if reach:
         found.append(_function("reach_mod", logical_and(*reach), names))
     others = [load for load in loads if load is not table]
@@ -561,7 +557,7 @@ class Printer:
         if op == "+":
             # Integers may be added in any order: what is alike in a row or a column goes first.
             parts = _by_axis(e) if kind == "int" else (e,)
-            return " + ".join(values) if len(parts) == 1 else " + ".join(f"({self.text(p)})" for p in parts)
+            return " + ".join(values if len(parts) == 1 else (f"({self.as_kind(p, kind)})" for p in parts))
         if op == "*":
             # A product of two run-time integers may be an index into more than 2^31 elements.
             widen = kind == "int" and not args[0].is_const and not args[1].is_const

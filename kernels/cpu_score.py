@@ -31,7 +31,7 @@ from flashfuse.kernels.expr import (
     walk,
 )
 from flashfuse.kernels.reference import Value, evaluate
-from flashfuse.kernels.spec import ScoreProgram
+from flashfuse.kernels.spec import ScoreProgram, conditions
 
 _D = var("kv - q")
 """The distance of a key from its query, as one variable."""
@@ -122,9 +122,15 @@ def form_of(program: ScoreProgram) -> Form:
     score = substitute(program.score, take)
     scale, bias = _linear(score)
     mask = substitute(program.mask, take) if program.mask is not None else TRUE
-    conditions = () if mask == TRUE else mask.operands if mask.op == "and" else (mask,)
     sink = substitute(program.sink, take) if program.sink is not None else None
-    return Form(score, scale, bias, conditions, tuple(_load_of(node) for node in found), sink)
+    return Form(
+        score,
+        scale,
+        bias,
+        conditions(None if mask == TRUE else mask),
+        tuple(_load_of(node) for node in found),
+        sink,
+    )
 
 
 def _linear(score: Expr) -> tuple[float | None, Expr | None]:

@@ -209,6 +209,11 @@ class ScoreProgram:
         return frozenset(variables(self.mask)) if self.mask is not None else frozenset()
 
 
+def conditions(mask: Expr | None) -> tuple[Expr, ...]:
+    """What must all hold where ``mask`` does."""
+    return () if mask is None else tuple(mask.operands) if mask.op == "and" else (mask,)
+
+
 def differentiable_loads(e: Expr) -> frozenset[str]:
     """Names of the loads whose values ``e`` has a derivative in."""
     found: set[str] = set()

@@ -23,7 +23,7 @@ from flashfuse.kernels import dispatch
 from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import KV, SKV, SQ, ZERO, B, Expr, Q, const
 from flashfuse.kernels.reference import environment, evaluate
-from flashfuse.kernels.spec import AttentionShape, Reason, ScoreProgram
+from flashfuse.kernels.spec import AttentionShape, Reason, ScoreProgram, conditions
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.nodes import same
 from flashfuse.passes.patterns import KEEP, MAP_BLOCK, Pattern, Sparsity, mask_of, read
@@ -122,8 +122,7 @@ def position(region: AttentionRegion, is_chosen: bool = False) -> Expr | None:
     s = region.shape
     if same(s.q_len, s.kv_len):
         return Q
-    mask = region.program.mask
-    for condition in () if mask is None else mask.operands if mask.op == "and" else (mask,):
+    for condition in conditions(region.program.mask):
         last = _last_key(condition, region)
         # A limit that all queries share is the end of the keys, unless there is one query only.
         if last is not None and (E.contains(last, Q) or (same(s.q_len, 1) and not E.contains(last, B))):
@@ -208,8 +207,7 @@ def _density(mask: Expr | None, shape: AttentionShape, known: Mapping[str, Tenso
 
     Of long sequences a few hundred queries are looked at.
     """
-    conditions = () if mask is None else mask.operands if mask.op == "and" else (mask,)
-    closed = [c for c in conditions if all(n.args[0] in known for n in E.walk(c) if n.op == "load")]
+    closed = [c for c in conditions(mask) if all(n.args[0] in known for n in E.walk(c) if n.op == "load")]
     condition = E.logical_and(*closed)
     used = E.variables(condition)
     lead = (shape.batch if "b" in used else 1, shape.num_q_heads if "h" in used else 1)

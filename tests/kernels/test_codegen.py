@@ -152,3 +152,11 @@ def test_modules_are_kept_by_their_source():
     assert modules[0] is modules[2] and modules[0] is not modules[1]
     for a, b in itertools.combinations(modules[:2], 2):
         assert a.__name__ != b.__name__
+
+
+def test_conditions_count_as_numbers_in_sums():
+    program = ScoreProgram.parse("s + ((kv <= q) + (q < 3) + kv)*0.5")
+    printer = codegen.Printer(codegen.Names(program, ()))
+    printer.text(program.score)
+    (total,) = [line for line in printer.lines if "(kv)" in line]
+    assert total.count(".to(tl.int32)") == 2
