@@ -7,7 +7,7 @@ With P the softmax weights, R the dropout keep-mask over 1 − p (1 without drop
     dv = (P ∘ R)ᵀ do      dk = dXᵀ q      dq = dX k      d capture += Σ dS · d score / d load
 
     q dq [B, H, Sq, D]   k dk [B, H_kv, Skv, D]   v dv [B, H_kv, Skv, DV]   do out [B, H, Sq, DV]
-    lse delta norm [B, H, Sq] float32
+    Stats [B, H, Sq, 2] float32: lse and delta      Norm [B, H, Sq] float32
 
 One kernel walks the queries of a tile of keys (dk, dv; it sums over the heads of a group), one the
 keys of a tile of queries (dq, captures).  P is recomputed as 2^(x − lse).  A dead row has lse = +∞
@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import LOG2E, dot_add, dot_rows, keep_draw, sink_of_rows
+from flashfuse.kernels.device_math import LOG2E, as_written, dot_add, dot_rows, keep_draw, sink_of_rows
 from flashfuse.kernels.forward import load_rows, tile_start
 
 HUGE_LSE: tl.constexpr = tl.constexpr(4096.0)
@@ -41,10 +41,10 @@ def _weights(x, lse, norm, Skv, FOLDED: tl.constexpr, UNIFORM: tl.constexpr):  #
 
 @triton.jit(do_not_specialize=["sob", "soh", "sos", "sgb", "sgh", "sgs", "H", "Sq"])
 def backward_prepare(  # type: ignore[no-untyped-def]
-    Out, DOut, Lse, LseOut, Delta, sob, soh, sos, sgb, sgh, sgs, H, Sq,
+    Out, DOut, Lse, Stats, sob, soh, sos, sgb, sgh, sgs, H, Sq,
     DV: tl.constexpr, DV_PAD: tl.constexpr, FOLDED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse as the other kernels want it: base 2 where FOLDED, +∞ in dead rows."""
+    """Stats: lse as the other kernels want it, base 2 where FOLDED and +∞ in dead rows, and delta."""
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BM
@@ -59,10 +59,10 @@ def backward_prepare(  # type: ignore[no-untyped-def]
     dead = lse == float("-inf")
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     # Where the mode made the row NaN, its weights of 0 must still give 0.
-    tl.store(Delta + rows, tl.where(dead & (delta != delta), 0.0, delta), mask=inside)
+    tl.store(Stats + rows * 2 + 1, tl.where(dead & (delta != delta), 0.0, delta), mask=inside)
     if FOLDED:
         lse = lse * LOG2E
-    tl.store(LseOut + rows, tl.where(dead, float("inf"), lse), mask=inside)
+    tl.store(Stats + rows * 2, tl.where(dead, float("inf"), lse), mask=inside)
 
 
 @triton.jit(
@@ -72,7 +72,7 @@ def backward_prepare(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_rows(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, Lse, Norm, Delta, Seed, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh,
+    Q, K, V, DOut, Stats, Norm, Seed, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh,
     sgs,
     H, GROUP, Sq, Skv, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
@@ -84,8 +84,8 @@ def backward_rows(  # type: ignore[no-untyped-def]
 
     The sink's weight is in the sum, and has no dP.  Norm is 0 but for the rounding of lse.  It matters
     where lse cannot hold it: at a row maximum of −3.4e38 (a finite mask over every key) float32 drops
-    the ``ln l`` of lse = m + ln l, and the sum is l.  Unless EXACT, only such rows are summed.  ``Lse`` is
-    that of ``backward_prepare``; a FOLDED program has no norm.
+    the ``ln l`` of lse = m + ln l, and the sum is l.  Unless EXACT, only such rows are summed.  A FOLDED
+    program has no norm.
     """
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
@@ -95,7 +95,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
     local = tl.arange(0, BM)
     inside = local < Sq - first
     at = bh.to(tl.int64) * Sq + first + local
-    lse = tl.load(Lse + at, mask=inside, other=float("inf"))
+    lse = tl.load(Stats + at * 2, mask=inside, other=float("inf"))
     live = tl.abs(lse) < float("inf")
     if not EXACT:
         live = live & (tl.abs(lse) > HUGE_LSE)
@@ -143,7 +143,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
             total += _weights(sink, lse, norm, Skv, FOLDED, False)
         norm = tl.where(live, tl.log2(total), 0.0)
         if EXACT:
-            tl.store(Delta + at, weighted / total, mask=live)
+            tl.store(Stats + at * 2 + 1, weighted / total, mask=live)
     if not FOLDED:
         tl.store(Norm + at, norm, mask=inside)
 
@@ -152,8 +152,37 @@ def backward_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_stats(base, rows, Sq, BM: tl.constexpr, CHECK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(lse, delta) of BM rows; past the end +∞ and 0, with which the weights vanish."""
+    if BM >= 32:
+        # As one tile of 128 numbers or more, which the threads read together: of fewer each would read all
+        # that it needs.  Half as many rows are read twice for that.
+        COPIES: tl.constexpr = 64 // BM if BM < 64 else 1
+        at = (rows * 2)[:, None] + tl.arange(0, 2 * COPIES)[None, :] % 2
+        if CHECK:
+            pairs = tl.load(base + at, mask=(rows < Sq)[:, None], other=0.0)
+        else:
+            pairs = tl.load(base + at)
+        lse, delta = tl.split(tl.reshape(pairs, [BM, COPIES, 2]))
+        if COPIES == 2:
+            lse, _ = tl.split(lse)
+            delta, _ = tl.split(delta)
+        else:
+            lse, delta = tl.reshape(lse, [BM]), tl.reshape(delta, [BM])
+        if CHECK:
+            lse = tl.where(rows < Sq, lse, float("inf"))
+    elif CHECK:
+        lse = tl.load(base + rows * 2, mask=rows < Sq, other=float("inf"))
+        delta = tl.load(base + rows * 2 + 1, mask=rows < Sq, other=0.0)
+    else:
+        lse = tl.load(base + rows * 2)
+        delta = tl.load(base + rows * 2 + 1)
+    return lse, delta
+
+
+@triton.jit
 def _dkdv_tile(  # type: ignore[no-untyped-def]
-    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv, kv_first, b, h, Sq,
+    dk, dv, k, v, q_base, do_base, stats_base, norm_base, sqs, sgs, start, kv, kv_first, b, h, Sq,
     Skv,
     ptrs, nums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
@@ -167,13 +196,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     offset = start.to(tl.int64) * 8
     q = load_rows(q_base + offset * sqs, local, sqs, Sq - start, D, D_PAD, CHECK)  # [BM, D_PAD]
     rows = start + local
-    if CHECK:
-        # With lse = +∞ the weights of rows past the end vanish.
-        lse = tl.load(lse_base + rows, mask=rows < Sq, other=float("inf"))
-        delta = tl.load(delta_base + rows, mask=rows < Sq, other=0.0)
-    else:
-        lse = tl.load(lse_base + rows)
-        delta = tl.load(delta_base + rows)
+    lse, delta = _load_stats(stats_base, rows, Sq, BM, CHECK)
     norm = lse
     if not FOLDED:
         norm = tl.load(norm_base + rows, mask=rows < Sq, other=0.0)
@@ -192,8 +215,8 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     dp = dot_rows(v, do, PRECISION)  # [BN, BM]
     if DROPOUT:
         keep = tl.trans(keep_draw(seed, bh, start, kv_first, BM, BN)) >= threshold
-        dv = dot_add(tl.where(keep, p, 0.0).to(do.dtype), do, dv, PRECISION)
-        dp = tl.where(keep, dp * drop_scale, 0.0)
+        dv = dot_add(as_written(tl.where(keep, p, 0.0)).to(do.dtype), do, dv, PRECISION)
+        dp = tl.where(keep, dp, 0.0) * drop_scale
     else:
         dv = dot_add(p.to(do.dtype), do, dv, PRECISION)
     ds = p * (dp - delta[None, :])
@@ -213,7 +236,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_dkdv(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, DK, DV_, Lse, Delta, Norm, ExtraK, ExtraV, Map, Seed, ptrs, nums,
+    Q, K, V, DOut, DK, DV_, Stats, Norm, ExtraK, ExtraV, Map, Seed, ptrs, nums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
     sxkb, sxkh, sxks, sxvb, sxvh, sxvs, H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
@@ -249,9 +272,8 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
         h64 = h.to(tl.int64) * 8
         q_base = Q + b64 * sqb + h64 * sqh
         do_base = DOut + b64 * sgb + h64 * sgh
-        lse_base = Lse + bh.to(tl.int64) * Sq
-        delta_base = Delta + bh.to(tl.int64) * Sq
-        norm_base = lse_base
+        stats_base = Stats + bh.to(tl.int64) * Sq * 2
+        norm_base = stats_base
         if not FOLDED:
             norm_base = Norm + bh.to(tl.int64) * Sq
         if MASK is not None:
@@ -261,7 +283,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
             start = tile_start(Row + 2, 0, num_tiles, BM, BLOCK)
             for i in range(0, num_tiles):
                 dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv,
+                    dk, dv, k, v, q_base, do_base, stats_base, norm_base, sqs, sgs, start, kv,
                     first, b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
@@ -271,7 +293,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
             start = tile_start(Row + 2 + partial, 0, num_tiles, BM, BLOCK)
             for i in range(0, num_tiles):
                 dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv,
+                    dk, dv, k, v, q_base, do_base, stats_base, norm_base, sqs, sgs, start, kv,
                     first, b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
@@ -281,10 +303,10 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
             for start in range(0, Sq, BM):
                 if UNIFORM:
                     rows = start + tl.arange(0, BM)
-                    dead = tl.load(lse_base + rows, mask=rows < Sq, other=0.0) == float("inf")
+                    dead = tl.load(stats_base + rows * 2, mask=rows < Sq, other=0.0) == float("inf")
                     if tl.max(dead.to(tl.int32), 0) > 0:
                         dk, dv = _dkdv_tile(
-                            dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start,
+                            dk, dv, k, v, q_base, do_base, stats_base, norm_base, sqs, sgs, start,
                             kv, first, b, h,
                             Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
                             FOLDED,
@@ -292,7 +314,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                         )  # fmt: skip
                 else:
                     dk, dv = _dkdv_tile(
-                        dk, dv, k, v, q_base, do_base, lse_base, delta_base, norm_base, sqs, sgs, start, kv,
+                        dk, dv, k, v, q_base, do_base, stats_base, norm_base, sqs, sgs, start, kv,
                         first, b, h,
                         Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
                         FOLDED,
@@ -365,7 +387,7 @@ def _ds_tile(  # type: ignore[no-untyped-def]
         p = tl.where(allowed, p, 0.0)
     dp = dot_rows(do, v, PRECISION)  # [BM, BN]
     if DROPOUT:
-        dp = tl.where(keep_draw(seed, bh, q_first, start, BM, BN) >= threshold, dp * drop_scale, 0.0)
+        dp = tl.where(keep_draw(seed, bh, q_first, start, BM, BN) >= threshold, dp, 0.0) * drop_scale
     return p * (dp - delta[:, None]), s, k, kv, allowed
 
 
@@ -403,7 +425,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_dq(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, DQ, Lse, Delta, Norm, Map, Seed, ptrs, gptrs, nums, gnums,
+    Q, K, V, DOut, DQ, Stats, Norm, Map, Seed, ptrs, gptrs, nums, gnums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdqb, sdqh, sdqs,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -430,8 +452,8 @@ def backward_dq(  # type: ignore[no-untyped-def]
     v_base = V + b64 * svb + kvh64 * svh
     in_range = local < Sq - first
     at = bh.to(tl.int64) * Sq + first + local
-    lse = tl.load(Lse + at, mask=in_range, other=float("inf"))
-    delta = tl.load(Delta + at, mask=in_range, other=0.0)
+    lse = tl.load(Stats + at * 2, mask=in_range, other=float("inf"))
+    delta = tl.load(Stats + at * 2 + 1, mask=in_range, other=0.0)
     norm = lse
     if not FOLDED:
         norm = tl.load(Norm + at, mask=in_range, other=0.0)
@@ -503,7 +525,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_table(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, Lse, Delta, Norm, Seed, ptrs, gptrs, nums, gnums,
+    Q, K, V, DOut, Stats, Norm, Seed, ptrs, gptrs, nums, gnums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
     BATCH, H, GROUP, Sq, Skv, parts, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr, REACH: tl.constexpr,
@@ -547,13 +569,7 @@ def backward_table(  # type: ignore[no-untyped-def]
         b64, first64 = b.to(tl.int64) * 8, first.to(tl.int64) * 8
         bh = b * H + h
         at = bh.to(tl.int64) * Sq + first + local
-        if EVEN:
-            lse = tl.load(Lse + at)
-            delta = tl.load(Delta + at)
-        else:
-            in_range = local < Sq - first
-            lse = tl.load(Lse + at, mask=in_range, other=float("inf"))
-            delta = tl.load(Delta + at, mask=in_range, other=0.0)
+        lse, delta = _load_stats(Stats + bh.to(tl.int64) * Sq * 2, first + local, Sq, TILE, not EVEN)
         norm = lse
         if not FOLDED:
             norm = tl.load(Norm + at, mask=local < Sq - first, other=0.0)

@@ -324,10 +324,17 @@ def _wanted_loads(program: ScoreProgram, grads: Sequence[tuple[int, CaptureType]
 
 
 def is_scattered(load: Expr) -> bool:
-    """An entry of a table at a distance, or where another load says, of each pair of q and kv."""
-    return _is_of_distance(load) or (
-        _axis(load) == 2 and any(n.op == "load" for i in load.operands for n in walk(i))
-    )
+    """Of each pair of q and kv an entry of a table: the next key's does not follow in a row of its own."""
+    return _axis(load) == 2 and (_is_of_distance(load) or not any(map(_follows_keys, load.operands)))
+
+
+def _follows_keys(index: Expr) -> bool:
+    """One further with each key."""
+
+    def next_key(node: Expr) -> Expr | None:
+        return add(node, const(1)) if node == Expr("var", "kv") else None
+
+    return "kv" in variables(index) and substitute(index, next_key) == add(index, const(1))
 
 
 def _is_of_distance(load: Expr) -> bool:
@@ -574,7 +581,7 @@ class Printer:
         name = e.args[0]
         kind = self.names.types[name]
         offset = self.offset(e.operands, self.names.strides[name], kind.wide)
-        if self.names.scatters and kind.kind != "bool" and is_scattered(e):
+        if self.names.scatters and is_scattered(e):
             return f"load_scattered({self.names.pointer[name]} + {offset})"
         text = f"tl.load({self.names.pointer[name]} + {offset})"
         if kind.kind == "float":

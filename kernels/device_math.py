@@ -18,6 +18,9 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+INTERPRETED: tl.constexpr = tl.constexpr(is_interpreted())
+
+
 @triton.jit
 def widened(x):  # type: ignore[no-untyped-def]
     """Integers of fewer than 32 bits as int32: their own arithmetic would overflow."""
@@ -101,8 +104,21 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def as_written(x):  # type: ignore[no-untyped-def]
+    """``x`` [M, N] float32, past which the compiler moves nothing.
+
+    A choice between x and 0 in front of a rounding to 16 bits would be moved behind it, where two numbers
+    share a register and each choice takes three instructions.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def load_scattered(ptrs):  # type: ignore[no-untyped-def]
-    """The elements at a tile of pointers, read by the threads that compute with them; floats as float32.
+    """The elements at a tile of pointers, read by the threads that compute with them: float32, integers, int1.
 
     ``tl.load`` gives a tile a layout in which neighbours are read together, through which the scores would
     have to go, and room in shared memory.  Entries of a small table come from the cache in any order.
@@ -130,6 +146,12 @@ def load_scattered(ptrs):  # type: ignore[no-untyped-def]
         return tl.inline_asm_elementwise(
             "ld.global.nc.s32 $0, [$1];", "=r,l", [ptrs], dtype=tl.int32, is_pure=True, pack=1
         )
+    elif ptrs.dtype.element_ty == tl.int1:
+        byte = tl.inline_asm_elementwise(
+            "{ .reg .b16 x; ld.global.nc.u8 x, [$1]; cvt.u32.u16 $0, x; }",
+            "=r,l", [ptrs], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+        return byte != 0
     else:
         return widened(tl.load(ptrs))
 
@@ -196,25 +218,53 @@ def block_max(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _product(a, b):  # type: ignore[no-untyped-def]
+    """The (upper, lower) halves of the 64-bit products of a tile and a constant, uint32, one instruction."""
+    if INTERPRETED:
+        return tl.umulhi(a, tl.zeros_like(a) + b), a * b
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 x; mul.wide.u32 x, $2, $3; mov.b64 {$1, $0}, x; }",
+            "=r,=r,r,r", [a, tl.zeros_like(a) + b], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def philox_7(seed, c0, c1, c2):  # type: ignore[no-untyped-def]
+    """Philox-4x32-7 at the counter (c0, c1, c2, 0) of uint32 tiles under a key of 64 bits.
+
+    Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
+    """
+    k0, k1 = seed.to(tl.uint32), (seed.to(tl.uint64) >> 32).to(tl.uint32)
+    c3 = tl.zeros_like(c0)
+    for _ in tl.static_range(7):
+        high_0, low_0 = _product(c0, 0xD2511F53)
+        high_2, low_2 = _product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def keep_draw(seed, bh, q_start, kv_start, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
     """One uniform int32 per element of the [BM, BN] tile at (q_start, kv_start), multiples of BM and BN.
 
-    One call of Philox-4x32-7 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3) at the
-    counter (8 (kv // 32) + kv % 8, 8 (q // 16) + q % 8, bh, 0) serves 8 elements: its word (kv // 8) % 4,
-    turned by 16 bits in the rows with (q // 8) % 2 = 1.  So the draw does not depend on the tile sizes,
-    every element is uniform over 32 bits, and two that share a word depend on each other only where
-    their upper 16 bits meet the threshold exactly.  These are the elements that one thread holds in
-    the layout of the tensor cores.  BM is a multiple of 16, BN of 32.
+    One call of Philox at the counter (4 (kv // 32) + kv % 8 // 2, 8 (q // 16) + q % 8, bh, 0) serves 16
+    elements: its word (kv // 8) % 4, turned by 8 bits in odd columns and by 16 in rows with (q // 8) % 2 = 1.
+    So the draw does not depend on the tile sizes, every element is uniform over 32 bits, and two that share
+    a word depend on each other only where one meets the threshold in all of its upper 8 bits.  These are
+    the elements that one thread holds in the layout of the tensor cores.  BM is a multiple of 16, BN of 32.
     """
     rows: tl.constexpr = BM // 2
-    columns: tl.constexpr = BN // 4
-    row = q_start // 2 + tl.arange(0, rows)[:, None]
-    column = kv_start // 4 + tl.arange(0, columns)[None, :]
-    c0 = column + tl.zeros([rows, columns], tl.int32)
-    c1 = row + tl.zeros([rows, columns], tl.int32)
-    r0, r1, r2, r3 = tl.philox(seed, c0, c1, c0 * 0 + bh, c0 * 0, n_rounds=7)
+    columns: tl.constexpr = BN // 8
+    row = (q_start // 2 + tl.arange(0, rows)).to(tl.uint32)[:, None]
+    column = (kv_start // 8 + tl.arange(0, columns)).to(tl.uint32)[None, :]
+    zeros = tl.zeros([rows, columns], tl.uint32)
+    r0, r1, r2, r3 = philox_7(seed, zeros + column, zeros + row, zeros + bh.to(tl.uint32))
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [rows, columns, 2, 2]: [..., i, j] is word 2 i + j
-    draws = tl.join(words, (words << 16) | (words >> 16))  # [rows, columns, 2, 2, 2]
-    draws = tl.reshape(draws, [BM // 16, 8, BN // 32, 8, 2, 2, 2])
-    draws = tl.permute(draws, (0, 6, 1, 2, 4, 5, 3))
+    draws = tl.join(words, (words << 8) | (words >> 24))  # ..., kv % 2
+    draws = tl.join(draws, (draws << 16) | (draws >> 16))  # ..., kv % 2, q // 8 % 2
+    draws = tl.reshape(draws, [BM // 16, 8, BN // 32, 4, 2, 2, 2, 2])
+    draws = tl.permute(draws, (0, 7, 1, 2, 4, 5, 3, 6))
     return tl.reshape(draws, [BM, BN]).to(tl.int32, bitcast=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import LN2, LOG2E, dot_add, dot_rows, keep_draw, sink_of_rows
+from flashfuse.kernels.device_math import LN2, LOG2E, as_written, dot_add, dot_rows, keep_draw, sink_of_rows
 
 UNSPECIALIZED = [
     "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sob", "soh", "sos",
@@ -101,7 +101,7 @@ def attend(  # type: ignore[no-untyped-def]
     acc = acc * alpha[:, None]
     if DROPOUT:
         draw = keep_draw(seed, bh, q_first, start, BM, BN)
-        p = tl.where(draw >= threshold, p, 0.0)
+        p = as_written(tl.where(draw >= threshold, p, 0.0))
     v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
     acc = dot_add(p.to(v.dtype), v, acc, PRECISION)
     return acc, l, m_new

@@ -101,33 +101,33 @@ def backward(
     aligned = is_aligned(q, k, v, do, out, *ptrs)
     code = site.code
     run = site.launches.run
-    used, delta = torch.empty_like(lse), torch.empty_like(lse)
+    stats = lse.new_empty((*lse.shape, 2))
     norm = None if code.folded else torch.empty_like(lse)
     with on_device(q.device):
-        run("prepare", aligned, site.make_prepare, out, do, lse, used, delta)
+        run("prepare", aligned, site.make_prepare, out, do, lse, stats)
         if not code.folded or site.sums_rows_exactly:
-            run("rows", aligned, site.make_rows, q, k, v, do, used, norm, delta, seed, ptrs)
-        extra_k, extra_v = site.dead_gradients(do, lse, aligned, q, k, v, used, delta, norm, seed, ptrs)
+            run("rows", aligned, site.make_rows, q, k, v, do, stats, norm, seed, ptrs)
+        extra_k, extra_v = site.dead_gradients(do, lse, aligned, q, k, v, stats, norm, seed, ptrs)
         make = functools.partial(site.make_dkdv, dk, dv, extra_k, extra_v, q_map)
         extra = (extra_k, extra_v)
-        run("dkdv", aligned, make, q, k, v, do, dk, dv, used, delta, norm, *extra, q_map, seed, ptrs)
+        run("dkdv", aligned, make, q, k, v, do, dk, dv, stats, norm, *extra, q_map, seed, ptrs)
 
         def add_up(kind: str, buffers: tuple[Tensor, ...]) -> None:
             """dq, and the captures' gradients into ``buffers``, of which there is one ``kind`` per launch."""
             make = functools.partial(site.make_dq, dq, kv_map, False)
-            rest = (used, delta, norm, kv_map, seed, ptrs, buffers)
+            rest = (stats, norm, kv_map, seed, ptrs, buffers)
             run(f"dq{kind}", aligned, make, q, k, v, do, dq, *rest)
             if site.sums_diagonals:
-                tensors = (used, delta, norm, seed, ptrs, buffers)
+                tensors = (stats, norm, seed, ptrs, buffers)
                 run(f"table{kind}", aligned, site.make_table, q, k, v, do, *tensors)
             if site.uniform:
                 make = functools.partial(site.make_dq, dq, None, True)
-                rest = (used, site.delta_of_dead_rows(lse, delta), norm, None, seed, ptrs, buffers)
+                rest = (site.stats_of_dead_rows(lse, stats), norm, None, seed, ptrs, buffers)
                 run(f"uniform_dq{kind}", aligned, make, q, k, v, do, dq, *rest)
 
         sums = site.capture_gradients(captures, add_up)
         totals = dict(zip(site.of_score, sums, strict=True))
-        for i, gradient in site.sink_gradients(captures, ints, lse, delta, norm).items():
+        for i, gradient in site.sink_gradients(captures, ints, lse, stats[..., 1], norm).items():
             totals[i] = totals[i] + gradient if i in totals else gradient
     return [dq, dk, dv, *(totals[i].to(captures[i].dtype) for i in wanted)]
 
@@ -523,11 +523,11 @@ class _Site:
         """What dead rows add to dk and dv, float32, shaped like them; ``rest`` as in ``backward``."""
         mode = self.program.dead_rows
         if self.uniform or (mode == "mean" and self.dropout):
-            used, delta, norm, seed, ptrs = rest
-            delta = self.delta_of_dead_rows(lse, delta)
+            stats, norm, seed, ptrs = rest
+            stats = self.stats_of_dead_rows(lse, stats)
             extra_k = do.new_empty(k.shape, dtype=torch.float32) if self.uniform else None
             extra_v = do.new_empty(v.shape, dtype=torch.float32)
-            tensors = (q, k, v, do, extra_k, extra_v, used, delta, norm, None, None, None, seed, ptrs)
+            tensors = (q, k, v, do, extra_k, extra_v, stats, norm, None, None, None, seed, ptrs)
             make = functools.partial(self.make_dkdv, extra_k, extra_v, None, None, None, True)
             self.launches.run("uniform_dkdv", aligned, make, *tensors)
             return extra_k, extra_v + self._nan_of_dead_rows(lse) if mode in NAN else extra_v
@@ -545,11 +545,12 @@ class _Site:
         dead = (lse == float("-inf")).view(self.batch, self.kv_heads, -1).any(-1)
         return torch.where(dead, float("nan"), 0.0)[..., None, None]
 
-    def delta_of_dead_rows(self, lse: Tensor, delta: Tensor) -> Tensor:
-        """``delta`` of the pass over dead rows: NaN makes every gradient NaN that they reach."""
+    def stats_of_dead_rows(self, lse: Tensor, stats: Tensor) -> Tensor:
+        """``stats`` of the pass over dead rows: a delta of NaN makes every gradient NaN that they reach."""
         if self.program.dead_rows not in NAN:
-            return delta
-        return torch.where(lse == float("-inf"), float("nan"), delta)
+            return stats
+        delta = torch.where(lse == float("-inf"), float("nan"), stats[..., 1])
+        return torch.stack((stats[..., 0], delta), -1)
 
 
 def _major_capability(device: torch.device) -> int:

@@ -34,7 +34,7 @@ CASES = """
                                          *left_pad(b, h, sq, skv)],
          sizes=(2, 2, 33, 40), grads=(0, 1), dropout_p=0.2),
     dict(program="tanh(s*0.05)*4.0 + e[h] where kv <= q and pad[b, kv] else uniform", sizes=(2, 2, 33, 33),
-         captures=lambda *n: [torch.randn(n[1]), *left_pad(*n)], grads=(0,), dropout_p=0.2),
+         captures=lambda *n: [torch.randn(n[1]), *left_pad(*n)], grads=(0,), dropout_p=0.2, draws=3),
     dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q + n", sizes=(1, 3, 33, 40), ints=(7,),
          captures=lambda b, h, sq, skv: [torch.randn(h, sq + skv - 1)], grads=(0,)),
     dict(program="s*0.158 + bias[b, 0, q, kv]", sizes=(2, 2, 33, 40), captures=hostile_bias),
@@ -131,8 +131,9 @@ print("RESULTS" + json.dumps(results))
 PARTS = {
     "sites": ("""
 for case in [CASES]:
+    draws = case.pop("draws", 1)
     case = Case(**case)
-    attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
+    attempt(str(case), lambda: run_case(triton_attention, case, "cpu", draws=draws))
 """, 25),
     # Sums of integers, in two passes.
     "deterministic": ("""
