@@ -7,7 +7,7 @@ With P the softmax weights, R the dropout keep-mask over 1 − p (1 without drop
     dv = (P ∘ R)ᵀ do      dk = dXᵀ q      dq = dX k      d capture += Σ dS · d score / d load
 
     q dq [B, H, Sq, D]   k dk [B, H_kv, Skv, D]   v dv [B, H_kv, Skv, DV]   do out [B, H, Sq, DV]
-    Stats [B, H, Sq, 2] float32: lse and delta      Norm [B, H, Sq] float32
+    Stats [B, H, Sq, 2] float32: lse and delta; unless FOLDED [B, H, Sq, 4]: lse, delta, norm, unused
 
 One kernel walks the queries of a tile of keys (dk, dv; it sums over the heads of a group), one the
 keys of a tile of queries (dq, captures).  P is recomputed as 2^(x − lse).  A dead row has lse = +∞
@@ -24,7 +24,13 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.device_math import LOG2E, as_written, dot_add, dot_rows, keep_draw, sink_of_rows
-from flashfuse.kernels.forward import load_rows, tile_start
+from flashfuse.kernels.forward import (
+    count_ends,
+    count_ends_of_range,
+    load_rows,
+    tile_of_ends,
+    tile_start,
+)
 
 HUGE_LSE: tl.constexpr = tl.constexpr(4096.0)
 
@@ -59,10 +65,11 @@ def backward_prepare(  # type: ignore[no-untyped-def]
     dead = lse == float("-inf")
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     # Where the mode made the row NaN, its weights of 0 must still give 0.
-    tl.store(Stats + rows * 2 + 1, tl.where(dead & (delta != delta), 0.0, delta), mask=inside)
+    WIDTH: tl.constexpr = 2 if FOLDED else 4
+    tl.store(Stats + rows * WIDTH + 1, tl.where(dead & (delta != delta), 0.0, delta), mask=inside)
     if FOLDED:
         lse = lse * LOG2E
-    tl.store(Stats + rows * 2, tl.where(dead, float("inf"), lse), mask=inside)
+    tl.store(Stats + rows * WIDTH, tl.where(dead, float("inf"), lse), mask=inside)
 
 
 @triton.jit(
@@ -72,7 +79,7 @@ def backward_prepare(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_rows(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, Stats, Norm, Seed, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh,
+    Q, K, V, DOut, Stats, Seed, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh,
     sgs,
     H, GROUP, Sq, Skv, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
@@ -95,7 +102,8 @@ def backward_rows(  # type: ignore[no-untyped-def]
     local = tl.arange(0, BM)
     inside = local < Sq - first
     at = bh.to(tl.int64) * Sq + first + local
-    lse = tl.load(Stats + at * 2, mask=inside, other=float("inf"))
+    WIDTH: tl.constexpr = 2 if FOLDED else 4
+    lse = tl.load(Stats + at * WIDTH, mask=inside, other=float("inf"))
     live = tl.abs(lse) < float("inf")
     if not EXACT:
         live = live & (tl.abs(lse) > HUGE_LSE)
@@ -143,52 +151,74 @@ def backward_rows(  # type: ignore[no-untyped-def]
             total += _weights(sink, lse, norm, Skv, FOLDED, False)
         norm = tl.where(live, tl.log2(total), 0.0)
         if EXACT:
-            tl.store(Stats + at * 2 + 1, weighted / total, mask=live)
+            tl.store(Stats + at * WIDTH + 1, weighted / total, mask=live)
     if not FOLDED:
-        tl.store(Norm + at, norm, mask=inside)
+        tl.store(Stats + at * WIDTH + 2, norm, mask=inside)
 
 
 # --- dk, dv -----------------------------------------------------------------------------------
 
 
 @triton.jit
-def _load_stats(base, rows, Sq, BM: tl.constexpr, CHECK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(lse, delta) of BM rows; past the end +∞ and 0, with which the weights vanish."""
-    if BM >= 32:
-        # As one tile of 128 numbers or more, which the threads read together: of fewer each would read all
-        # that it needs.  Half as many rows are read twice for that.
-        COPIES: tl.constexpr = 64 // BM if BM < 64 else 1
-        at = (rows * 2)[:, None] + tl.arange(0, 2 * COPIES)[None, :] % 2
-        if CHECK:
-            pairs = tl.load(base + at, mask=(rows < Sq)[:, None], other=0.0)
-        else:
-            pairs = tl.load(base + at)
-        lse, delta = tl.split(tl.reshape(pairs, [BM, COPIES, 2]))
-        if COPIES == 2:
-            lse, _ = tl.split(lse)
-            delta, _ = tl.split(delta)
-        else:
-            lse, delta = tl.reshape(lse, [BM]), tl.reshape(delta, [BM])
-        if CHECK:
-            lse = tl.where(rows < Sq, lse, float("inf"))
-    elif CHECK:
-        lse = tl.load(base + rows * 2, mask=rows < Sq, other=float("inf"))
-        delta = tl.load(base + rows * 2 + 1, mask=rows < Sq, other=0.0)
+def load_stats(Stats, rows, inside, CHECK: tl.constexpr, FOLDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(lse, delta, norm) of ``rows``; where not ``inside`` +∞, 0 and 0, with which the weights vanish."""
+    WIDTH: tl.constexpr = 2 if FOLDED else 4
+    if CHECK:
+        lse = tl.load(Stats + rows * WIDTH, mask=inside, other=float("inf"))
+        delta = tl.load(Stats + rows * WIDTH + 1, mask=inside, other=0.0)
     else:
-        lse = tl.load(base + rows * 2)
-        delta = tl.load(base + rows * 2 + 1)
-    return lse, delta
+        lse = tl.load(Stats + rows * WIDTH)
+        delta = tl.load(Stats + rows * WIDTH + 1)
+    norm = lse
+    if not FOLDED:
+        if CHECK:
+            norm = tl.load(Stats + rows * WIDTH + 2, mask=inside, other=0.0)
+        else:
+            norm = tl.load(Stats + rows * WIDTH + 2)
+    return lse, delta, norm
+
+
+@triton.jit
+def _load_stats_of_columns(  # type: ignore[no-untyped-def]
+    Stats, rows, inside, ROWS: tl.constexpr, CHECK: tl.constexpr, FOLDED: tl.constexpr
+):
+    """The same, for a tile of scores that has the rows as its columns.
+
+    There a thread needs many rows.  Vectors of fewer than 128 numbers it would read for itself; one tile of
+    so many the threads read together.  Half as many numbers are read twice for that.
+    """
+    if ROWS < 32:
+        lse, delta, norm = load_stats(Stats, rows, inside, CHECK, FOLDED)
+    else:
+        WIDTH: tl.constexpr = 2 if FOLDED else 4
+        COLUMNS: tl.constexpr = 4 if ROWS < 64 else WIDTH
+        at = (rows * WIDTH)[:, None] + tl.arange(0, COLUMNS)[None, :] % WIDTH
+        if CHECK:
+            stats = tl.load(Stats + at, mask=inside[:, None], other=0.0)
+        else:
+            stats = tl.load(Stats + at)
+        # [.., i] of the first and of the second half: lse and delta; norm and what is unused, or again those.
+        if COLUMNS == 4:
+            even, odd = tl.split(tl.reshape(stats, [ROWS, 2, 2]))
+            lse, norm = tl.split(even)
+            delta, _ = tl.split(odd)
+        else:
+            lse, delta = tl.split(stats)
+            norm = lse
+        if CHECK:
+            lse = tl.where(inside, lse, float("inf"))
+    return lse, delta, norm
 
 
 @triton.jit
 def _dkdv_tile(  # type: ignore[no-untyped-def]
-    dk, dv, k, v, q_base, do_base, stats_base, norm_base, sqs, sgs, start, kv, kv_first, b, h, Sq,
+    dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, kv_first, b, h, Sq,
     Skv,
     ptrs, nums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    UNIFORM: tl.constexpr, FLAT: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of BM queries into dk [BN, D_PAD] and dv [BN, DV_PAD]; scores lie as [kv, q]."""
     start = tl.cast(start, tl.int32)
@@ -196,14 +226,13 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     offset = start.to(tl.int64) * 8
     q = load_rows(q_base + offset * sqs, local, sqs, Sq - start, D, D_PAD, CHECK)  # [BM, D_PAD]
     rows = start + local
-    lse, delta = _load_stats(stats_base, rows, Sq, BM, CHECK)
-    norm = lse
-    if not FOLDED:
-        norm = tl.load(norm_base + rows, mask=rows < Sq, other=0.0)
+    lse, delta, norm = _load_stats_of_columns(stats_base, rows, rows < Sq, BM, CHECK, FOLDED)
     if CHECK:
         rows = tl.minimum(rows, Sq - 1)
     s = dot_rows(k, q, PRECISION)  # [BN, BM]
-    if SCALE is not None:
+    if FLAT:
+        x = SCORE(s, b, h, start, kv_first, Sq, Skv, ptrs, nums)
+    elif SCALE is not None:
         x = s * SCALE
     else:
         x = SCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
@@ -236,10 +265,11 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_dkdv(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, DK, DV_, Stats, Norm, ExtraK, ExtraV, Map, Seed, ptrs, nums,
+    Q, K, V, DOut, DK, DV_, Stats, ExtraK, ExtraV, Map, Seed, Ends, ptrs, nums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
     sxkb, sxkh, sxks, sxvb, sxvh, sxvs, H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
-    SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ENDS: tl.constexpr,
+    SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -249,6 +279,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
 
     ExtraK and ExtraV, float32 and shaped like dk and dv, are added to them.
     """
+    WIDTH: tl.constexpr = 2 if FOLDED else 4
     tiles = (Skv + BN - 1) // BN
     plane = tl.program_id(0) // tiles
     # First keys first: under a causal mask they are seen by the most queries.
@@ -272,10 +303,12 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
         h64 = h.to(tl.int64) * 8
         q_base = Q + b64 * sqb + h64 * sqh
         do_base = DOut + b64 * sgb + h64 * sgh
-        stats_base = Stats + bh.to(tl.int64) * Sq * 2
-        norm_base = stats_base
-        if not FOLDED:
-            norm_base = Norm + bh.to(tl.int64) * Sq
+        stats_base = Stats + bh.to(tl.int64) * Sq * WIDTH
+        most, least = 0, 0
+        if ENDS is not None:
+            low, high = ENDS(Ends, b, h, Sq, Skv, ptrs, nums)
+            # The last and the first query of a tile that lies all within the one end and the other.
+            most, least = first - high, first + BN - 1 - low
         if MASK is not None:
             Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
             partial = tl.load(Row)
@@ -283,43 +316,64 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
             start = tile_start(Row + 2, 0, num_tiles, BM, BLOCK)
             for i in range(0, num_tiles):
                 dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_base, do_base, stats_base, norm_base, sqs, sgs, start, kv,
+                    dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv,
                     first, b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                 )  # fmt: skip
                 start = tile_start(Row + 2, i + 1, num_tiles, BM, BLOCK)
-            num_tiles = tl.load(Row + 1) * (BLOCK // BM)
-            start = tile_start(Row + 2 + partial, 0, num_tiles, BM, BLOCK)
+            full = tl.load(Row + 1)
+            Full = Row + 2 + partial
+            before, after = 0, 0
+            if ENDS is not None:
+                before, after = count_ends(Full, full, (most + 1) // BLOCK - 1, (least + BLOCK - 1) // BLOCK)
+                num_tiles = (before + after) * (BLOCK // BM)
+                start = tile_of_ends(Full, 0, full, before, after, BM, BLOCK)
+                for i in range(0, num_tiles):
+                    dk, dv = _dkdv_tile(
+                        dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
+                        Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
+                        FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, True,
+                    )  # fmt: skip
+                    start = tile_of_ends(Full, i + 1, full, before, after, BM, BLOCK)
+            num_tiles = (full - before - after) * (BLOCK // BM)
+            Full += before
+            start = tile_start(Full, 0, num_tiles, BM, BLOCK)
             for i in range(0, num_tiles):
                 dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_base, do_base, stats_base, norm_base, sqs, sgs, start, kv,
-                    first, b, h,
+                    dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                 )  # fmt: skip
-                start = tile_start(Row + 2 + partial, i + 1, num_tiles, BM, BLOCK)
-        else:
+                start = tile_start(Full, i + 1, num_tiles, BM, BLOCK)
+        elif UNIFORM:
             for start in range(0, Sq, BM):
-                if UNIFORM:
-                    rows = start + tl.arange(0, BM)
-                    dead = tl.load(stats_base + rows * 2, mask=rows < Sq, other=0.0) == float("inf")
-                    if tl.max(dead.to(tl.int32), 0) > 0:
-                        dk, dv = _dkdv_tile(
-                            dk, dv, k, v, q_base, do_base, stats_base, norm_base, sqs, sgs, start,
-                            kv, first, b, h,
-                            Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
-                            FOLDED,
-                            D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
-                        )  # fmt: skip
-                else:
+                rows = start + tl.arange(0, BM)
+                dead = tl.load(stats_base + rows * WIDTH, mask=rows < Sq, other=0.0) == float("inf")
+                if tl.max(dead.to(tl.int32), 0) > 0:
                     dk, dv = _dkdv_tile(
-                        dk, dv, k, v, q_base, do_base, stats_base, norm_base, sqs, sgs, start, kv,
-                        first, b, h,
+                        dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
                         Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
-                        FOLDED,
-                        D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
+                        FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                     )  # fmt: skip
+        else:
+            before, after = 0, 0
+            whole = tl.cdiv(Sq, BM)
+            if ENDS is not None:
+                before, after = count_ends_of_range(whole, (most + 1) // BM - 1, (least + BM - 1) // BM)
+                for i in range(0, before + after):
+                    start = tl.where(i < before, i, i + whole - before - after) * BM
+                    dk, dv = _dkdv_tile(
+                        dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
+                        Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
+                        FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, True,
+                    )  # fmt: skip
+            for start in range(before * BM, (whole - after) * BM, BM):
+                dk, dv = _dkdv_tile(
+                    dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
+                    Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
+                )  # fmt: skip
     dk = dk * dscale
     if DROPOUT:
         dv = dv * drop_scale
@@ -353,13 +407,13 @@ def _store_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _ds_tile(  # type: ignore[no-untyped-def]
+def ds_tile(  # type: ignore[no-untyped-def]
     q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
     ptrs, nums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    UNIFORM: tl.constexpr, FLAT: tl.constexpr = False,
 ):  # fmt: skip
     """(dS, s, k, positions of keys, which are allowed) of one tile of BN keys, dS and s [BM, BN]."""
     offset = start.to(tl.int64) * 8
@@ -371,7 +425,9 @@ def _ds_tile(  # type: ignore[no-untyped-def]
     if CHECK:
         kv = tl.minimum(kv, Skv - 1)
     s = dot_rows(q, k, PRECISION)  # [BM, BN]
-    if SCALE is not None:
+    if FLAT:
+        x = SCORE(s, b, h, q_first, start, Sq, Skv, ptrs, nums)
+    elif SCALE is not None:
         x = s * SCALE
     else:
         x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
@@ -399,14 +455,14 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    UNIFORM: tl.constexpr, FLAT: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of BN keys into dq [BM, D_PAD], and into the captures' gradients."""
     start = tl.cast(start, tl.int32)
-    ds, s, k, kv, allowed = _ds_tile(
+    ds, s, k, kv, allowed = ds_tile(
         q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
         ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
-        D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, CHECK, PRECISION, UNIFORM,
+        D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, CHECK, PRECISION, UNIFORM, FLAT,
     )  # fmt: skip
     if ACCUMULATE is not None:
         ACCUMULATE(ds, s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums, gptrs, gnums)
@@ -425,11 +481,11 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_dq(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, DQ, Stats, Norm, Map, Seed, ptrs, gptrs, nums, gnums,
+    Q, K, V, DOut, DQ, Stats, Map, Seed, Ends, ptrs, gptrs, nums, gnums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdqb, sdqh, sdqs,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
-    SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    ENDS: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -452,11 +508,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
     v_base = V + b64 * svb + kvh64 * svh
     in_range = local < Sq - first
     at = bh.to(tl.int64) * Sq + first + local
-    lse = tl.load(Stats + at * 2, mask=in_range, other=float("inf"))
-    delta = tl.load(Stats + at * 2 + 1, mask=in_range, other=0.0)
-    norm = lse
-    if not FOLDED:
-        norm = tl.load(Norm + at, mask=in_range, other=0.0)
+    lse, delta, norm = load_stats(Stats, at, in_range, True, FOLDED)
     rows = tl.minimum(first + local, Sq - 1)
     seed = 0
     if DROPOUT:
@@ -466,6 +518,10 @@ def backward_dq(  # type: ignore[no-untyped-def]
     if UNIFORM:
         dead = in_range & (lse == float("inf"))
         keys = tl.where(tl.max(dead.to(tl.int32), 0) > 0, Skv, 0)
+    most, least = 0, 0
+    if ENDS is not None:
+        low, high = ENDS(Ends, b, h, Sq, Skv, ptrs, nums)
+        most, least = low + first, high + first + BM - 1
     if MASK is not None:
         Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
         partial = tl.load(Row)
@@ -479,8 +535,24 @@ def backward_dq(  # type: ignore[no-untyped-def]
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
             )  # fmt: skip
             start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
-        num_tiles = tl.load(Row + 1) * (BLOCK // BN)
-        start = tile_start(Row + 2 + partial, 0, num_tiles, BN, BLOCK)
+        full = tl.load(Row + 1)
+        Full = Row + 2 + partial
+        before, after = 0, 0
+        if ENDS is not None:
+            before, after = count_ends(Full, full, (most + 1) // BLOCK - 1, (least + BLOCK - 1) // BLOCK)
+            num_tiles = (before + after) * (BLOCK // BN)
+            start = tile_of_ends(Full, 0, full, before, after, BN, BLOCK)
+            for i in range(0, num_tiles):
+                dq = _dq_tile(
+                    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+                    ptrs, nums, gptrs,
+                    gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM, True,
+                )  # fmt: skip
+                start = tile_of_ends(Full, i + 1, full, before, after, BN, BLOCK)
+        num_tiles = (full - before - after) * (BLOCK // BN)
+        Full += before
+        start = tile_start(Full, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
             dq = _dq_tile(
                 dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
@@ -488,10 +560,21 @@ def backward_dq(  # type: ignore[no-untyped-def]
                 gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM,
             )  # fmt: skip
-            start = tile_start(Row + 2 + partial, i + 1, num_tiles, BN, BLOCK)
+            start = tile_start(Full, i + 1, num_tiles, BN, BLOCK)
     else:
         whole = keys // BN * BN
-        for start in range(0, whole, BN):
+        before, after = 0, 0
+        if ENDS is not None:
+            before, after = count_ends_of_range(keys // BN, (most + 1) // BN - 1, (least + BN - 1) // BN)
+            for i in range(0, before + after):
+                start = tl.where(i < before, i, i + keys // BN - before - after) * BN
+                dq = _dq_tile(
+                    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+                    ptrs, nums, gptrs,
+                    gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM, True,
+                )  # fmt: skip
+        for start in range(before * BN, whole - after * BN, BN):
             dq = _dq_tile(
                 dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
                 ptrs, nums, gptrs,
@@ -513,83 +596,3 @@ def backward_dq(  # type: ignore[no-untyped-def]
         _store_rows(dq_base, sdqs, dq, None, 0, local, dead, D, D_PAD)
     else:
         _store_rows(dq_base, sdqs, dq, None, 0, local, in_range, D, D_PAD)
-
-
-# --- tables of distances ----------------------------------------------------------------------
-
-
-@triton.jit(
-    do_not_specialize=[
-        "nums", "gnums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
-        "BATCH", "H", "GROUP", "Sq", "Skv", "parts", "threshold", "drop_scale",
-    ]
-)  # fmt: skip
-def backward_table(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, Stats, Norm, Seed, ptrs, gptrs, nums, gnums,
-    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
-    BATCH, H, GROUP, Sq, Skv, parts, threshold, drop_scale,
-    SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr, REACH: tl.constexpr,
-    SCALE: tl.constexpr, FOLDED: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a load whose index is one of kv − q: one program per (h, diagonal, part of the batch).
-
-    Tiles TILE × TILE on one diagonal of the scores have the same distances in the same places, so they are
-    summed in registers, and only their sum is added to the buffer.  Long diagonals come first.
-    """
-    q_tiles, kv_tiles = (Sq + TILE - 1) // TILE, (Skv + TILE - 1) // TILE
-    diagonals = q_tiles + kv_tiles - 1
-    rank = tl.program_id(0) // (H * parts)
-    h = tl.program_id(0) % H
-    part = tl.program_id(0) // H % parts
-    step = (rank + 1) // 2
-    diagonal = diagonals // 2 + tl.where(rank % 2 == 1, -step, step)
-    first_q = tl.maximum(q_tiles - 1 - diagonal, 0)
-    first_kv = tl.maximum(diagonal - (q_tiles - 1), 0)
-    length_of_one = tl.minimum(q_tiles - first_q, kv_tiles - first_kv)
-    first_b = part * BATCH // parts
-    last_b = (part + 1) * BATCH // parts
-    local = tl.arange(0, TILE)
-    h64, kvh64 = h.to(tl.int64) * 8, (h // GROUP).to(tl.int64) * 8
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(Seed)
-    length = (last_b - first_b) * length_of_one
-    if REACH is not None:
-        # What distances alone forbid is forbidden in every tile of the diagonal.
-        rows, columns = first_q * TILE + local, first_kv * TILE + local
-        reached = REACH(first_b, h, rows[:, None], columns[None, :], Sq, Skv, ptrs, nums)
-        length = tl.where(tl.max(tl.max(reached.to(tl.int32), 1), 0) > 0, length, 0)
-    total = tl.zeros([TILE, TILE], tl.float32)
-    for i in range(0, length):
-        b = first_b + i // length_of_one
-        first = (first_q + i % length_of_one) * TILE
-        start = (first_kv + i % length_of_one) * TILE
-        b64, first64 = b.to(tl.int64) * 8, first.to(tl.int64) * 8
-        bh = b * H + h
-        at = bh.to(tl.int64) * Sq + first + local
-        lse, delta = _load_stats(Stats + bh.to(tl.int64) * Sq * 2, first + local, Sq, TILE, not EVEN)
-        norm = lse
-        if not FOLDED:
-            norm = tl.load(Norm + at, mask=local < Sq - first, other=0.0)
-        q_base = Q + b64 * sqb + h64 * sqh + first64 * sqs
-        do_base = DOut + b64 * sgb + h64 * sgh + first64 * sgs
-        q = load_rows(q_base, local, sqs, Sq - first, D, D_PAD, not EVEN)
-        do = load_rows(do_base, local, sgs, Sq - first, DV, DV_PAD, not EVEN)
-        k_base, v_base = K + b64 * skb + kvh64 * skh, V + b64 * svb + kvh64 * svh
-        rows = tl.minimum(first + local, Sq - 1)
-        ds, s, _, kv, _ = _ds_tile(
-            q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
-            ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
-            D, DV, D_PAD, DV_PAD, TILE, TILE, DROPOUT, not EVEN, PRECISION, False,
-        )  # fmt: skip
-        if SLOPE is not None:
-            # A weight of 0 has no part in it, even where the derivative overflows.
-            of_load = SLOPE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-            ds = tl.where(ds == 0.0, 0.0, ds * of_load)
-        total += ds
-    # Any tile of the diagonal has the distances; where the first sticks out, nothing was added.
-    rows = tl.minimum(first_q * TILE + local, Sq - 1)[:, None]
-    kv = tl.minimum(first_kv * TILE + local, Skv - 1)[None, :]
-    ADD(total, total, first_b, h, rows, kv, Sq, Skv, ptrs, nums, gptrs, gnums)

@@ -92,6 +92,7 @@ class Table:
         slope: the derivative of the score by the load; ``None`` where it is 1.
         add: adds a tile of gradients to the buffer.
         reach: what the mask says of distances alone, which may leave out a whole diagonal; or ``None``.
+        reach_is_mask: the mask says nothing else.
         others: ``accumulate`` for the other loads; ``None`` where there are none.
         uses_b: the index depends on b.
     """
@@ -99,8 +100,25 @@ class Table:
     slope: Any
     add: Any
     reach: Any
+    reach_is_mask: bool
     others: Any
     uses_b: bool
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A score that depends on q and kv only by one table of distances, in front and behind often constant.
+
+    Tables of buckets are so beyond the farthest bucket: a tile that lies there needs one number of the table.
+
+    Attributes:
+        capture: the position of the table, of one axis or two, of which the last is that of distances.
+        of_row: the jit function that gives (low, high): the table is constant at distances kv − q up to low,
+            and from high on.  It reads the indices of the table where that is so, ``triton_attention.ends``.
+    """
+
+    capture: int
+    of_row: Any
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,7 @@ class Generated:
         accumulate: adds the gradients of the wanted captures into their buffers.
         table: the one load among them whose index depends on q and kv only by their difference, if there is
             one: ``Table``, and what of ``accumulate`` is left without it.
+        ends: how to find tiles in which the score's table is one number, if it has such a table.
         sums_rows: a wanted gradient is summed over the keys of a row, where the errors of dS add up.
         loads: ``tiles`` where the score loads something at an index of both q and kv, ``scattered`` where
             that is by ``load_scattered``, else ``""``.
@@ -126,6 +145,7 @@ class Generated:
     dscore: Any
     accumulate: Any
     table: Table | None
+    ends: Ends | None
     scale: float | None
     dscale: float | None
     folded: bool
@@ -164,12 +184,19 @@ def generate(
     of_distance = [load for load in loads if _is_of_distance(load.node)]
     if len(of_distance) == 1:
         functions += _table_functions(program, of_distance[0], loads, names)
+    with_ends = _load_with_ends(score, names)
+    functions.append("" if with_ends is None else _ends_function(with_ends, names))
     module = load_module("\n\n".join(f for f in functions if f))
+    ends = None
+    if with_ends is not None:
+        ends = Ends(program.captures.index(with_ends.args[0]), module.ends_of_row)
     table = None
     if len(of_distance) == 1:
         optional = (getattr(module, name, None) for name in ("table_slope", "reach_mod", "accumulate_others"))
         slope_mod, reach, others = optional
-        table = Table(slope_mod, module.table_add, reach, others, "b" in variables(of_distance[0].node))
+        whole = reach is not None and all(map(_is_of_distances_alone, conditions(mask)))
+        uses_b = "b" in variables(of_distance[0].node)
+        table = Table(slope_mod, module.table_add, reach, whole, others, uses_b)
     return Generated(
         score=module.score_mod,
         mask=getattr(module, "mask_mod", None),
@@ -177,6 +204,7 @@ def generate(
         dscore=getattr(module, "dscore_mod", None),
         accumulate=getattr(module, "accumulate", None),
         table=table,
+        ends=ends,
         scale=scale,
         dscale=dscale,
         folded=folded,
@@ -351,6 +379,10 @@ def _is_shifted(e: Expr) -> bool:
     return substitute(e, further) == e
 
 
+def _is_of_distances_alone(condition: Expr) -> bool:
+    return _is_shifted(condition) and not any(n.op == "load" for n in walk(condition))
+
+
 _GRADIENT_PARAMETERS = f"g, s, {_PARAMETERS}, gptrs, gnums"
 
 
@@ -393,15 +425,35 @@ def _table_functions(program: ScoreProgram, table: _Load, loads: Sequence[_Load]
     printer = Printer(names)
     _add(table, "g", printer)
     found.append(render("table_add", _GRADIENT_PARAMETERS, printer.lines))
-    reach = [
-        c for c in conditions(program.mask) if _is_shifted(c) and not any(n.op == "load" for n in walk(c))
-    ]
+    reach = [c for c in conditions(program.mask) if _is_of_distances_alone(c)]
     if reach:
         found.append(_function("reach_mod", logical_and(*reach), names))
     others = [load for load in loads if load is not table]
     if others:
         found.append(_accumulate_function("accumulate_others", program, others, names))
     return found
+
+
+def _load_with_ends(score: Expr, names: Names) -> Expr | None:
+    """The load of which :class:`Ends` speaks, if there is one."""
+    loads = [node for node in walk(score) if node.op == "load" and _axis(node) == 2]
+    if len(loads) != 1 or names.types[loads[0].args[0]].kind != "float":
+        return None
+    load = loads[0]
+    *lead, distance = load.operands
+    rest = substitute(score, lambda node: const(0.0) if node == load else None)
+    if len(lead) > 1 or variables(rest) & {"q", "kv"} or any(variables(i) & {"q", "kv"} for i in lead):
+        return None
+    return load if _is_shifted(distance) and _follows_keys(distance) else None
+
+
+def _ends_function(load: Expr, names: Names) -> str:
+    *lead, distance = load.operands
+    printer = Printer(names, {"q": "0", "kv": "0"})
+    row = printer.as_kind(lead[0], "int") if lead else "0"
+    at_zero = printer.as_kind(distance, "int")
+    low, high = f"tl.load(Ends + ({row}) * 2) - ({at_zero})", f"tl.load(Ends + ({row}) * 2 + 1) - ({at_zero})"
+    return render("ends_of_row", "Ends, b, h, Sq, Skv, ptrs, nums", [*printer.lines, f"return {low}, {high}"])
 
 
 # --- expressions ------------------------------------------------------------------------------

@@ -113,17 +113,21 @@ def as_written(x):  # type: ignore[no-untyped-def]
     if INTERPRETED:
         return x
     else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
 def load_scattered(ptrs):  # type: ignore[no-untyped-def]
-    """The elements at a tile of pointers, read by the threads that compute with them: float32, integers, int1.
+    """The elements at a tile of pointers, read by the threads that compute with them; floats as float32.
 
     ``tl.load`` gives a tile a layout in which neighbours are read together, through which the scores would
     have to go, and room in shared memory.  Entries of a small table come from the cache in any order.
     """
-    if ptrs.dtype.element_ty == tl.float32:
+    if not ptrs.type.is_block():
+        return tl.load(ptrs).to(tl.float32)
+    elif ptrs.dtype.element_ty == tl.float32:
         return tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];", "=f,l", [ptrs], dtype=tl.float32, is_pure=True, pack=1
         )

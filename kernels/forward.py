@@ -38,6 +38,35 @@ def tile_start(Blocks, i, n, BN: tl.constexpr, BLOCK: tl.constexpr):  # type: ig
 
 
 @triton.jit
+def count_ends(Blocks, n, most, least, CHUNK: tl.constexpr = 128):  # type: ignore[no-untyped-def]
+    """How many of an ascending list of n blocks are at most ``most``; of the others at least ``least``."""
+    before = 0
+    after = 0
+    for i in range(0, n, CHUNK):
+        at = i + tl.arange(0, CHUNK)
+        block = tl.load(Blocks + at, mask=at < n, other=0)
+        low = (at < n) & (block <= most)
+        before += tl.sum(low.to(tl.int32), 0)
+        after += tl.sum(((at < n) & (block >= least) & (low == 0)).to(tl.int32), 0)
+    return before, after
+
+
+@triton.jit
+def tile_of_ends(Blocks, i, n, before, after, BN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First element of the i-th tile of the first ``before`` and the last ``after`` of n blocks."""
+    RATIO: tl.constexpr = BLOCK // BN
+    between = (n - before - after) * RATIO
+    return tile_start(Blocks, tl.where(i < before * RATIO, i, i + between), n * RATIO, BN, BLOCK)
+
+
+@triton.jit
+def count_ends_of_range(n, most, least):  # type: ignore[no-untyped-def]
+    """The same of the list 0, …, n − 1."""
+    before = tl.minimum(tl.maximum(most + 1, 0), n)
+    return before, tl.minimum(tl.maximum(n - least, 0), n - before)
+
+
+@triton.jit
 def load_rows(  # type: ignore[no-untyped-def]
     base, rows, stride, size, D: tl.constexpr, D_PAD: tl.constexpr, CHECK: tl.constexpr
 ):
@@ -61,8 +90,9 @@ def attend(  # type: ignore[no-untyped-def]
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+    FLAT: tl.constexpr = False,
 ):  # fmt: skip
-    """One tile of BN keys into acc [BM, DV_PAD], l [BM], m [BM]."""
+    """One tile of BN keys into acc [BM, DV_PAD], l [BM], m [BM].  FLAT: its table is one number."""
     start = tl.cast(start, tl.int32)
     offset = start.to(tl.int64) * 8
     columns = tl.arange(0, BN)
@@ -72,7 +102,9 @@ def attend(  # type: ignore[no-untyped-def]
     inside = (kv < Skv)[None, :]
     if CHECK:
         kv = tl.minimum(kv, Skv - 1)
-    if SCALE is None:
+    if FLAT:
+        s = SCORE(s, b, h, q_first, start, Sq, Skv, ptrs, nums)
+    elif SCALE is None:
         s = SCORE(s, b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
     if MASK is not None:
         allowed = MASK(b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
@@ -109,10 +141,11 @@ def attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward(  # type: ignore[no-untyped-def]
-    Q, K, V, Out, Lse, Map, Seed, DeadMean, ptrs, nums,
+    Q, K, V, Out, Lse, Map, Seed, DeadMean, Ends, ptrs, nums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sob, soh, sos,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale,
-    SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, ENDS: tl.constexpr,
+    SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, DEAD: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -143,6 +176,11 @@ def attention_forward(  # type: ignore[no-untyped-def]
     acc = tl.zeros([BM, DV_PAD], tl.float32)
     l = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
+    most, least = 0, 0
+    if ENDS is not None:
+        low, high = ENDS(Ends, b, h, Sq, Skv, ptrs, nums)
+        # The last and the first key of a tile that lies all within the one end and the other.
+        most, least = low + first, high + first + BM - 1
 
     if MASK is not None:
         Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
@@ -157,8 +195,24 @@ def attention_forward(  # type: ignore[no-untyped-def]
                 PRECISION,
             )  # fmt: skip
             start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
-        num_tiles = tl.load(Row + 1) * (BLOCK // BN)
-        start = tile_start(Row + 2 + partial, 0, num_tiles, BN, BLOCK)
+        full = tl.load(Row + 1)
+        Full = Row + 2 + partial
+        before, after = 0, 0
+        if ENDS is not None:
+            before, after = count_ends(Full, full, (most + 1) // BLOCK - 1, (least + BLOCK - 1) // BLOCK)
+            num_tiles = (before + after) * (BLOCK // BN)
+            start = tile_of_ends(Full, 0, full, before, after, BN, BLOCK)
+            for i in range(0, num_tiles):
+                acc, l, m = attend(
+                    acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
+                    seed, bh,
+                    threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
+                    PRECISION, True,
+                )  # fmt: skip
+                start = tile_of_ends(Full, i + 1, full, before, after, BN, BLOCK)
+        num_tiles = (full - before - after) * (BLOCK // BN)
+        Full += before
+        start = tile_start(Full, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
             acc, l, m = attend(
                 acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
@@ -166,10 +220,21 @@ def attention_forward(  # type: ignore[no-untyped-def]
                 threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
                 PRECISION,
             )  # fmt: skip
-            start = tile_start(Row + 2 + partial, i + 1, num_tiles, BN, BLOCK)
+            start = tile_start(Full, i + 1, num_tiles, BN, BLOCK)
     else:
         whole = Skv // BN * BN
-        for start in range(0, whole, BN):
+        before, after = 0, 0
+        if ENDS is not None:
+            before, after = count_ends_of_range(Skv // BN, (most + 1) // BN - 1, (least + BN - 1) // BN)
+            for i in range(0, before + after):
+                start = tl.where(i < before, i, i + Skv // BN - before - after) * BN
+                acc, l, m = attend(
+                    acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
+                    seed, bh,
+                    threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
+                    PRECISION, True,
+                )  # fmt: skip
+        for start in range(before * BN, whole - after * BN, BN):
             acc, l, m = attend(
                 acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
                 seed, bh,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashfuse.kernels import backward as backward_kernels
-from flashfuse.kernels import block_map, configs, decode, dropout, sinks
+from flashfuse.kernels import block_map, configs, decode, dropout, sinks, tables
 from flashfuse.kernels.codegen import LOG2E, Generated, generate
 from flashfuse.kernels.device_math import is_interpreted
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward
@@ -64,8 +64,9 @@ def forward(
         return out, lse
     mean = v.mean(2, dtype=torch.float32).contiguous() if site.averages and not site.dropout else None
     with on_device(q.device):
+        ends = site.ends(captures, aligned)
         make = functools.partial(site.make_forward, kv_map)
-        site.launches.run("forward", aligned, make, q, k, v, out, lse, kv_map, seed, mean, ptrs)
+        site.launches.run("forward", aligned, make, q, k, v, out, lse, kv_map, seed, mean, ends, ptrs)
         if site.averages and site.dropout:
             site.launches.run("dead_rows", aligned, site.make_dead_rows, v, out, lse, seed)
     return out, lse
@@ -101,33 +102,33 @@ def backward(
     aligned = is_aligned(q, k, v, do, out, *ptrs)
     code = site.code
     run = site.launches.run
-    stats = lse.new_empty((*lse.shape, 2))
-    norm = None if code.folded else torch.empty_like(lse)
+    stats = lse.new_empty((*lse.shape, 2 if code.folded else 4))
     with on_device(q.device):
         run("prepare", aligned, site.make_prepare, out, do, lse, stats)
         if not code.folded or site.sums_rows_exactly:
-            run("rows", aligned, site.make_rows, q, k, v, do, stats, norm, seed, ptrs)
-        extra_k, extra_v = site.dead_gradients(do, lse, aligned, q, k, v, stats, norm, seed, ptrs)
+            run("rows", aligned, site.make_rows, q, k, v, do, stats, seed, ptrs)
+        ends = site.ends(captures, aligned)
+        extra_k, extra_v = site.dead_gradients(do, lse, aligned, q, k, v, stats, seed, ptrs)
         make = functools.partial(site.make_dkdv, dk, dv, extra_k, extra_v, q_map)
         extra = (extra_k, extra_v)
-        run("dkdv", aligned, make, q, k, v, do, dk, dv, stats, norm, *extra, q_map, seed, ptrs)
+        run("dkdv", aligned, make, q, k, v, do, dk, dv, stats, *extra, q_map, seed, ends, ptrs)
 
         def add_up(kind: str, buffers: tuple[Tensor, ...]) -> None:
             """dq, and the captures' gradients into ``buffers``, of which there is one ``kind`` per launch."""
             make = functools.partial(site.make_dq, dq, kv_map, False)
-            rest = (stats, norm, kv_map, seed, ptrs, buffers)
+            rest = (stats, kv_map, seed, ends, ptrs, buffers)
             run(f"dq{kind}", aligned, make, q, k, v, do, dq, *rest)
             if site.sums_diagonals:
-                tensors = (stats, norm, seed, ptrs, buffers)
+                tensors = (stats, seed, ends, ptrs, buffers)
                 run(f"table{kind}", aligned, site.make_table, q, k, v, do, *tensors)
             if site.uniform:
                 make = functools.partial(site.make_dq, dq, None, True)
-                rest = (site.stats_of_dead_rows(lse, stats), norm, None, seed, ptrs, buffers)
+                rest = (site.stats_of_dead_rows(lse, stats), None, seed, None, ptrs, buffers)
                 run(f"uniform_dq{kind}", aligned, make, q, k, v, do, dq, *rest)
 
         sums = site.capture_gradients(captures, add_up)
         totals = dict(zip(site.of_score, sums, strict=True))
-        for i, gradient in site.sink_gradients(captures, ints, lse, stats[..., 1], norm).items():
+        for i, gradient in site.sink_gradients(captures, ints, lse, stats).items():
             totals[i] = totals[i] + gradient if i in totals else gradient
     return [dq, dk, dv, *(totals[i].to(captures[i].dtype) for i in wanted)]
 
@@ -183,6 +184,10 @@ def _site(
         tensors = [q, k, v] if do is None or out is None else [q, k, v, do, out]
         site = _SITES[key] = _Site(tensors, captures, ints, program, dropout_p, wanted)
     return site
+
+
+SHORTEST_WITH_ENDS = 512
+"""Keys, from which on tiles are looked for in which a table of distances is one number."""
 
 
 class _Site:
@@ -279,6 +284,25 @@ class _Site:
         return self.threshold, self.drop_scale
 
     @property
+    def _ends(self) -> Any:
+        """The jit function for tiles in which a table is one number, where there may be such."""
+        return None if self.code.ends is None or self.kv_len < SHORTEST_WITH_ENDS else self.code.ends.of_row
+
+    def ends(self, captures: Sequence[Tensor], aligned: bool) -> Tensor | None:
+        """[rows, 2] int32: up to which index, and from which on, each row of the table is one number."""
+        if self._ends is None or self.code.ends is None:
+            return None
+        table = captures[self.code.ends.capture]
+        table = table if table.ndim == 2 else table[None]
+        ends = table.new_empty((table.shape[0], 2), dtype=torch.int32)
+
+        def make() -> Launch:
+            return Launch(tables.table_ends, len(table), (*table.stride(), table.shape[1], 1024))
+
+        self.launches.run("ends", aligned, make, table, ends)
+        return ends
+
+    @property
     def _dims(self) -> tuple[int, ...]:
         return self.dim, self.v_dim, self.d_pad, self.dv_pad
 
@@ -303,7 +327,7 @@ class _Site:
         numbers = (
             *(self.nums, *self.strides[0], *self.strides[1], *self.strides[2], *self._out_strides),
             *(*self._lengths, *map_strides(kv_map), *self._drop),
-            *(code.score, code.mask, code.sink, self._scale, code.folded, *self._dims),
+            *(code.score, code.mask, code.sink, self._ends, self._scale, code.folded, *self._dims),
             *(BLOCK, self.even, self.dropout, self._dead, self.precision, config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
@@ -396,6 +420,7 @@ class _Site:
                 code.score,
                 None if uniform else code.mask,
                 code.dscore,
+                None if uniform else self._ends,
                 self._scale,
             ),
             *(code.folded, *self._dims, BLOCK, self.even, self.dropout, self.precision, uniform),
@@ -425,7 +450,17 @@ class _Site:
                 *map_strides(kv_map),
             ),
             *(*self._drop, self._dscale, code.score, None if uniform else code.mask, code.dscore, accumulate),
-            *(self._scale, code.folded, *self._dims, BLOCK, self.even, self.dropout, self.precision, uniform),
+            *(
+                None if uniform else self._ends,
+                self._scale,
+                code.folded,
+                *self._dims,
+                BLOCK,
+                self.even,
+                self.dropout,
+                self.precision,
+                uniform,
+            ),
             *(config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
@@ -446,6 +481,8 @@ class _Site:
                 table.slope,
                 table.add,
                 table.reach,
+                table.reach_is_mask,
+                self._ends,
                 self._scale,
                 code.folded,
                 *self._dims,
@@ -453,7 +490,7 @@ class _Site:
             *(self.even, self.dropout, self.precision, config.bm),
         )
         programs = self.heads * parts * diagonals
-        return Launch(backward_kernels.backward_table, programs, numbers, config.warps, config.stages)
+        return Launch(tables.backward_table, programs, numbers, config.warps, config.stages)
 
     @property
     def sums_diagonals(self) -> bool:
@@ -501,20 +538,20 @@ class _Site:
         return 1.0 if self.code.dscale is None else self.code.dscale
 
     def sink_gradients(
-        self, captures: Sequence[Tensor], ints: Sequence[int], lse: Tensor, delta: Tensor, norm: Tensor | None
+        self, captures: Sequence[Tensor], ints: Sequence[int], lse: Tensor, stats: Tensor
     ) -> dict[int, Tensor]:
         """By position: the float32 gradients of the wanted captures that the sink reads."""
         if not self.of_sink:
             return {}
         sizes = (self.batch, self.heads, self.q_len, self.kv_len)
         exponent = sinks.logits(self.program, captures, ints, sizes, lse) - lse
-        if norm is not None:
-            exponent = exponent - norm * math.log(2)
+        if not self.code.folded:
+            exponent = exponent - stats[..., 2] * math.log(2)
         # No weight is above 1; the kernels have the largest sinks a little smaller than they are.
         weight = torch.where(lse == float("-inf"), 0, exponent.clamp(max=0).exp())
         names = self.program.captures
         wanted = [names[i] for i in self.of_sink]
-        found = sinks.gradients(self.program, captures, ints, sizes, weight, delta, wanted)
+        found = sinks.gradients(self.program, captures, ints, sizes, weight, stats[..., 1], wanted)
         return {i: found[names[i]] for i in self.of_sink}
 
     def dead_gradients(
@@ -523,11 +560,11 @@ class _Site:
         """What dead rows add to dk and dv, float32, shaped like them; ``rest`` as in ``backward``."""
         mode = self.program.dead_rows
         if self.uniform or (mode == "mean" and self.dropout):
-            stats, norm, seed, ptrs = rest
+            stats, seed, ptrs = rest
             stats = self.stats_of_dead_rows(lse, stats)
             extra_k = do.new_empty(k.shape, dtype=torch.float32) if self.uniform else None
             extra_v = do.new_empty(v.shape, dtype=torch.float32)
-            tensors = (q, k, v, do, extra_k, extra_v, stats, norm, None, None, None, seed, ptrs)
+            tensors = (q, k, v, do, extra_k, extra_v, stats, None, None, None, seed, None, ptrs)
             make = functools.partial(self.make_dkdv, extra_k, extra_v, None, None, None, True)
             self.launches.run("uniform_dkdv", aligned, make, *tensors)
             return extra_k, extra_v + self._nan_of_dead_rows(lse) if mode in NAN else extra_v
@@ -550,7 +587,7 @@ class _Site:
         if self.program.dead_rows not in NAN:
             return stats
         delta = torch.where(lse == float("-inf"), float("nan"), stats[..., 1])
-        return torch.stack((stats[..., 0], delta), -1)
+        return torch.cat((stats[..., :1], delta[..., None], stats[..., 2:]), -1)
 
 
 def _major_capability(device: torch.device) -> int:

@@ -149,6 +149,34 @@ for case in [
     case = Case(**case, grads=(0,), dims=(16, 16))
     attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
 """, 3),
+    # A table that is one number in front and behind: tiles that lie there read one.
+    "ends": ("""
+triton_attention.SHORTEST_WITH_ENDS = 100
+expected = torch.tensor([[2, 5], [7, 0], [0, 2], [3, 4], [-1, 8]], dtype=torch.int32)
+nan = float("nan")
+rows = torch.tensor([[1, 1, 1, 2, 3, 4, 4, 4], [5] * 8, [1, 2, 3, 3, 3, 3, 3, 3], [0, 0, 0, 0, 1, 1, 1, 1],
+                     [nan] * 8])
+ends = torch.empty(5, 2, dtype=torch.int32)
+from flashfuse.kernels.tables import table_ends
+table_ends[(5,)](rows, ends, 8, 1, 8, 4)
+results["ends"] = "" if torch.equal(ends, expected) else str(ends)
+
+def buckets(b, h, sq, skv):
+    distance = torch.arange(1 - sq, skv)
+    return [torch.randn(h, 41)[:, distance.clamp(-20, 20) + 20]]
+def of_row(b, h, sq, skv):
+    return [torch.randn(41)[torch.arange(1 - sq, skv).clamp(-20, 20) + 20]]
+for case in [
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q", sizes=(1, 2, 300, 300), captures=buckets),
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1]", sizes=(2, 2, 140, 270), captures=buckets, kv_heads=2),
+    dict(program="tanh(s*0.05 + t[kv - q + Sq - 1])*9.0 where pad[b, kv] else uniform",
+         sizes=(2, 1, 260, 270), captures=lambda *n: [*of_row(*n), *left_pad(*n)], dropout_p=0.2),
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv >= q - 3 sink x[h]", sizes=(1, 2, 300, 290),
+         captures=lambda *n: [*buckets(*n), *sinks(*n)], dtype=torch.float16),
+]:
+    case = Case(**case, grads=(0,), dims=(16, 16))
+    attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
+""", 5),
     "few queries": ("""
 run_launch, launched = launch.launch, []
 def recorded(what, *tensors):

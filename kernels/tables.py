@@ -1,0 +1,150 @@
+"""Tables of distances: scores that load ``table[.., kv − q + c]``, as models with relative positions do.
+
+    d table[.., d + c] = Σ over kv − q = d of dS · d score / d load
+
+Adding every element of dS to the table in memory would cost more than the attention.  Tiles on one
+diagonal of the scores have the same distances in the same places, so a kernel of its own walks diagonals and
+sums in registers; it computes dS anew for that.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashfuse.kernels.backward import ds_tile, load_stats
+from flashfuse.kernels.forward import load_rows
+
+
+@triton.jit
+def _table_tile(  # type: ignore[no-untyped-def]
+    i, length_of_one, first_q, first_kv, first_b, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats, ptrs, nums,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, seed, threshold, drop_scale,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the load in the i-th tile of a diagonal, over batch entries from ``first_b`` on."""
+    local = tl.arange(0, TILE)
+    b = first_b + i // length_of_one
+    first = (first_q + i % length_of_one) * TILE
+    start = (first_kv + i % length_of_one) * TILE
+    b64, first64 = b.to(tl.int64) * 8, first.to(tl.int64) * 8
+    h64, kvh64 = h.to(tl.int64) * 8, (h // GROUP).to(tl.int64) * 8
+    bh = b * H + h
+    at = bh.to(tl.int64) * Sq + first + local
+    lse, delta, norm = load_stats(Stats, at, local < Sq - first, not EVEN, FOLDED)
+    q_base = Q + b64 * sqb + h64 * sqh + first64 * sqs
+    do_base = DOut + b64 * sgb + h64 * sgh + first64 * sgs
+    q = load_rows(q_base, local, sqs, Sq - first, D, D_PAD, not EVEN)
+    do = load_rows(do_base, local, sgs, Sq - first, DV, DV_PAD, not EVEN)
+    k_base, v_base = K + b64 * skb + kvh64 * skh, V + b64 * svb + kvh64 * svh
+    rows = tl.minimum(first + local, Sq - 1)
+    ds, s, _, kv, _ = ds_tile(
+        q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+        ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
+        D, DV, D_PAD, DV_PAD, TILE, TILE, DROPOUT, not EVEN, PRECISION, False, FLAT,
+    )  # fmt: skip
+    if SLOPE is not None:
+        # A weight of 0 has no part in it, even where the derivative overflows.
+        of_load = SLOPE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+        ds = tl.where(ds == 0.0, 0.0, ds * of_load)
+    return ds
+
+
+@triton.jit(
+    do_not_specialize=[
+        "nums", "gnums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
+        "BATCH", "H", "GROUP", "Sq", "Skv", "parts", "threshold", "drop_scale",
+    ]
+)  # fmt: skip
+def backward_table(  # type: ignore[no-untyped-def]
+    Q, K, V, DOut, Stats, Seed, Ends, ptrs, gptrs, nums, gnums,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
+    BATCH, H, GROUP, Sq, Skv, parts, threshold, drop_scale,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr, REACH: tl.constexpr,
+    REACH_IS_MASK: tl.constexpr, ENDS: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a load whose index is one of kv − q: one program per (h, diagonal, part of the batch).
+
+    Tiles TILE × TILE on one diagonal of the scores have the same distances in the same places, so they are
+    summed in registers, and only their sum is added to the buffer.  Long diagonals come first.
+    """
+    q_tiles, kv_tiles = (Sq + TILE - 1) // TILE, (Skv + TILE - 1) // TILE
+    diagonals = q_tiles + kv_tiles - 1
+    rank = tl.program_id(0) // (H * parts)
+    h = tl.program_id(0) % H
+    part = tl.program_id(0) // H % parts
+    step = (rank + 1) // 2
+    diagonal = diagonals // 2 + tl.where(rank % 2 == 1, -step, step)
+    first_q = tl.maximum(q_tiles - 1 - diagonal, 0)
+    first_kv = tl.maximum(diagonal - (q_tiles - 1), 0)
+    length_of_one = tl.minimum(q_tiles - first_q, kv_tiles - first_kv)
+    first_b = part * BATCH // parts
+    last_b = (part + 1) * BATCH // parts
+    local = tl.arange(0, TILE)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(Seed)
+    length = (last_b - first_b) * length_of_one
+    # What distances alone say is alike in every tile of the diagonal: that all is forbidden, that all is
+    # allowed, that the table is one number.
+    easy = length
+    if REACH is not None:
+        rows, columns = first_q * TILE + local, first_kv * TILE + local
+        reached = REACH(first_b, h, rows[:, None], columns[None, :], Sq, Skv, ptrs, nums).to(tl.int32)
+        length = tl.where(tl.max(tl.max(reached, 1), 0) > 0, length, 0)
+        easy = tl.where(tl.min(tl.min(reached, 1), 0) > 0, length, 0)
+    if ENDS is not None:
+        low, high = ENDS(Ends, first_b, h, Sq, Skv, ptrs, nums)
+        distance = (first_kv - first_q) * TILE
+        easy = tl.where((distance + TILE - 1 <= low) | (distance - TILE + 1 >= high), easy, 0)
+    total = tl.zeros([TILE, TILE], tl.float32)
+    HAS_EASY: tl.constexpr = MASK is None or REACH_IS_MASK
+    if not HAS_EASY:
+        easy = 0
+    elif (REACH is not None) or (ENDS is not None):
+        for i in range(0, easy):
+            total += _table_tile(
+                i, length_of_one, first_q, first_kv, first_b, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats,
+                ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, seed, threshold,
+                drop_scale, SCORE, None, SLOPE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, EVEN, DROPOUT, PRECISION,
+                TILE, ENDS is not None,
+            )  # fmt: skip
+    else:
+        easy = 0
+    for i in range(easy, length):
+        total += _table_tile(
+            i, length_of_one, first_q, first_kv, first_b, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats,
+            ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, seed, threshold,
+            drop_scale, SCORE, MASK, SLOPE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, EVEN, DROPOUT, PRECISION,
+            TILE, False,
+        )  # fmt: skip
+    # Any tile of the diagonal has the distances; where the first sticks out, nothing was added.
+    rows = tl.minimum(first_q * TILE + local, Sq - 1)[:, None]
+    kv = tl.minimum(first_kv * TILE + local, Skv - 1)[None, :]
+    ADD(total, total, first_b, h, rows, kv, Sq, Skv, ptrs, nums, gptrs, gnums)
+
+
+@triton.jit(do_not_specialize=["table_r", "table_d", "length"])
+def table_ends(Table, Ends, table_r, table_d, length, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Per row of a table [rows, length]: the last index up to which and the first from which on it is constant.
+
+    One program per row; a NaN is equal to nothing.
+    """
+    row = tl.program_id(0)
+    base = Table + row.to(tl.int64) * table_r
+    first = tl.load(base)
+    last = tl.load(base + (length - 1).to(tl.int64) * table_d)
+    low = length - 1
+    high = 0
+    for i in range(0, length, CHUNK):
+        at = i + tl.arange(0, CHUNK)
+        value = tl.load(base + at.to(tl.int64) * table_d, mask=at < length, other=0.0)
+        low = tl.minimum(low, tl.min(tl.where((at < length) & (value != first), at - 1, length - 1), 0))
+        high = tl.maximum(high, tl.max(tl.where((at < length) & (value != last), at + 1, 0), 0))
+    tl.store(Ends + row * 2, low)
+    tl.store(Ends + row * 2 + 1, high)
