@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -126,6 +127,13 @@ def _programs() -> list[Problem]:
         return torch.exp2(-8 * torch.arange(1, heads + 1, device="cuda") / heads)
 
     def table(length: int) -> Tensor:
+        """T5's: 32 buckets of distances to keys before a query, of one each up to 16, then wider, up to 128."""
+        distance = torch.arange(length - 1, -length, -1, device="cuda").clamp(min=0)
+        wide = 16 + ((distance.clamp(min=1) / 16).log() / math.log(128 / 16) * 16).long()
+        buckets = torch.where(distance < 16, distance, wide.clamp(max=31))
+        return torch.randn(heads, 32, device="cuda")[:, buckets]
+
+    def distances(length: int) -> Tensor:
         return torch.randn(heads, 2 * length - 1, device="cuda")
 
     def logits(_: int) -> Tensor:
@@ -149,6 +157,7 @@ def _programs() -> list[Problem]:
         _program("T5 table", tabled, "", table, True, score_mod=relative),
         _program("dropout 0.1", scaled, dropout_p=0.1),
         _program("T5 table, dropout 0.1", tabled, "", table, True, 0.1),
+        _program("table of distances", tabled, "", distances, True, score_mod=relative),
     ]
 
 

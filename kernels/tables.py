@@ -131,7 +131,7 @@ def backward_table(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["table_r", "table_d", "length"])
 def table_ends(Table, Ends, table_r, table_d, length, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Per row of a table [rows, length]: the last index up to which and the first from which on it is constant.
+    """Per row of a table [rows, length]: up to which index, and from which on, it is one number.
 
     One program per row; a NaN is equal to nothing.
     """
