@@ -127,7 +127,7 @@ def _programs() -> list[Problem]:
         return torch.exp2(-8 * torch.arange(1, heads + 1, device="cuda") / heads)
 
     def table(length: int) -> Tensor:
-        """T5's: 32 buckets of distances to keys before a query, of one each up to 16, then wider, up to 128."""
+        """T5's: 32 buckets of distances to the keys before a query, one each up to 16, then wider, to 128."""
         distance = torch.arange(length - 1, -length, -1, device="cuda").clamp(min=0)
         wide = 16 + ((distance.clamp(min=1) / 16).log() / math.log(128 / 16) * 16).long()
         buckets = torch.where(distance < 16, distance, wide.clamp(max=31))
