@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,11 @@ from flashfuse.kernels.dispatch import Kernels
 from flashfuse.passes.patterns import Pattern, Sparsity, read
 
 Verify = Literal["proof", "full", "off"]
-_OWN = ("inner", "verify", "kernels", "repro", "sparsity")
+_OWN = ("inner", "verify", "kernels", "autotune", "repro", "sparsity")
+
+
+def _autotune_by_default() -> bool:
+    return os.environ.get("FLASHFUSE_AUTOTUNE") == "1"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Options:
             wherever they can, our own for all other sites.
         sparsity: a pattern that makes the fused sites approximate, or what chooses one for each site;
             ``None``: attention is exact.
+        autotune: our kernels on cuda time a few tile sizes at their first call and keep the fastest; off
+            unless the environment has ``FLASHFUSE_AUTOTUNE=1``.
         mode: Inductor's ``mode``.
         inductor: options passed on to Inductor.
     """
@@ -42,6 +48,7 @@ class Options:
     sparsity: Sparsity | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    autotune: bool = field(default_factory=_autotune_by_default)
 
     @staticmethod
     def read(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -55,11 +62,14 @@ class Options:
         verify = rest.pop("verify", Options.verify)
         repro = rest.pop("repro", None)
         kernels = rest.pop("kernels", Options.kernels)
+        autotune = rest.pop("autotune", None)
         sparsity = _sparsity(rest.pop("sparsity", None))
         if verify not in get_args(Verify):
             raise ValueError(f"expected verify to be one of {', '.join(get_args(Verify))}, got {verify!r}")
         if kernels not in get_args(Kernels):
             raise ValueError(f"expected kernels to be one of {', '.join(get_args(Kernels))}, got {kernels!r}")
+        if autotune not in (None, True, False):
+            raise ValueError(f"expected autotune to be True or False, got {autotune!r}")
         if repro is not None and not isinstance(repro, (str, os.PathLike)):
             raise ValueError(f"expected repro to be the path of a folder, got {repro!r}")
         if isinstance(inner, str):
@@ -82,7 +92,8 @@ class Options:
                 )
         if mode is not None and inner != "inductor":
             raise ValueError(f"mode={mode!r} is Inductor's; the inner compiler is {inner!r}")
-        return Options(inner, verify, None if repro is None else Path(repro), kernels, sparsity, mode, rest)
+        chosen = Options(inner, verify, None if repro is None else Path(repro), kernels, sparsity, mode, rest)
+        return chosen if autotune is None else replace(chosen, autotune=bool(autotune))
 
 
 def _sparsity(value: object) -> Sparsity | None:

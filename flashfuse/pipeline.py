@@ -20,7 +20,7 @@ from flashfuse.passes import nodes
 from flashfuse.passes.bodies import call_with, movable, move_in
 from flashfuse.passes.find import find_regions
 from flashfuse.passes.inline import inline
-from flashfuse.passes.plan import Fuse, Left, SitePlan, loads_full, plan
+from flashfuse.passes.plan import Fuse, Left, SitePlan, loads_full, plan, tuned
 from flashfuse.passes.region import AttentionRegion
 from flashfuse.passes.rewrite import copy_graph_module, rewrite
 from flashfuse.passes.sparsify import sparsify
@@ -110,6 +110,8 @@ def _rewritten(
             plans = sparsify(new, plans, options.sparsity, options.kernels)
             if checker is not None:
                 plans, checks = checker.check_approximations(plans, checks)
+        if options.autotune:
+            plans = tuned(plans)
         plans = rewrite(new, plans)
         regions = [p.region for p in plans if isinstance(p, Fuse)]
         fused = {n for r in regions for n in (r.output, *r.interior, *r.masks)}

@@ -80,6 +80,20 @@ class Kind(NamedTuple):
     length: int
 
 
+def measured(kernel: str, itemsize: int) -> tuple[Config, ...]:
+    """All configs of the tables for ``kernel``: each was the fastest somewhere."""
+    if kernel == "table":
+        square = _TABLE[2 if itemsize == 2 else 4]
+        rows = [c for s in square for c in (s, s._replace(warps=8), s._replace(stages=2))]
+    elif itemsize != 2:
+        rows = list(_SINGLE[kernel])
+    else:
+        rows = [c for (name, _), row in _HALF.items() if name == kernel for c in row]
+        rows += [c for (name, *_), c in _DENSE.items() if name == kernel]
+        rows += [_TILE_LOADS[kernel], *_SCATTERED[kernel]]
+    return tuple(dict.fromkeys(rows))
+
+
 def choose(kernel: str, kind: Kind) -> Config:
     """The config of ``forward``, ``dkdv``, ``dq`` or ``table``; that of ``decode`` is for the fewest rows."""
     bucket = 0 if kind.head_dim <= 64 else 1 if kind.head_dim <= 128 else 2

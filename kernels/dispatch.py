@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -116,6 +116,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("cpu", "flashfuse.kernels.cpu", False, _refuse_cpu),
 )
 """In order of preference."""
+TUNED = Variant("triton_tuned", "flashfuse.kernels.tuned", True, _refuse_triton)
+"""``triton`` with tiles that are timed at the first call, where the user asks for it."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,12 @@ def select(
     )
 
 
-_MODULES = {variant.name: variant.module for variant in VARIANTS}
+def tuned(selection: Selection) -> Selection:
+    """``selection`` with :data:`TUNED` in the place of the Triton variant."""
+    return replace(selection, variant=TUNED) if selection.variant.name == "triton" else selection
+
+
+_MODULES = {variant.name: variant.module for variant in (*VARIANTS, TUNED)}
 
 
 @functools.cache

@@ -78,13 +78,14 @@ def direct(compiled: Any, programs: int) -> Callable[..., None]:
 
 
 class Launches:
-    """The launches of one site by name; ``make`` is asked once for each."""
+    """The launches of one site by name; ``make`` is asked once for each, through ``tune`` if there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, tune: Callable[[Hashable, Callable[..., Launch], Any], Launch] | None = None) -> None:
+        self._tune = tune
         self._ready: dict[Hashable, tuple[Callable[..., None], tuple[Any, ...]]] = {}
         self._made: dict[Hashable, Launch] = {}
 
-    def run(self, name: Hashable, aligned: bool, make: Callable[[], Launch], *tensors: Any) -> None:
+    def run(self, name: Hashable, aligned: bool, make: Callable[..., Launch], *tensors: Any) -> None:
         """Launch on ``tensors``: tensors, ``None`` or tuples of tensors, the same kinds at every call.
 
         ``aligned``: every pointer is a multiple of 16 bytes, for which kernels are specialised.
@@ -96,7 +97,7 @@ class Launches:
                 return
         what = self._made.get(name)
         if what is None:
-            what = self._made[name] = make()
+            what = self._made[name] = make() if self._tune is None else self._tune(name, make, tensors)
         compiled = launch(what, *tensors)
         if aligned and compiled is not None:
             self._ready[name] = (direct(compiled, what.programs), what.numbers)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashfuse.kernels import autotune, block_map, configs, decode, dropout, sinks, tables
 from flashfuse.kernels import backward as backward_kernels
-from flashfuse.kernels import block_map, configs, decode, dropout, sinks, tables
 from flashfuse.kernels.codegen import LOG2E, Generated, generate
 from flashfuse.kernels.device_math import is_interpreted
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward
@@ -38,13 +38,17 @@ def forward(
     seed: Tensor | None,
     program: ScoreProgram,
     dropout_p: float,
+    tune: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, H, Sq, Dv], lse [B, H, Sq] float32 natural log, −inf in dead rows).
+
+    ``tune``: tiles are timed at the first call (``autotune``).
 
     Raises:
         ValueError: shapes do not fit each other, or dropout without a seed.
     """
-    site = _site(q, k, v, captures, ints, seed, program, dropout_p)
+    tune = tune and _may_tune(q.device)
+    site = _site(q, k, v, captures, ints, seed, program, dropout_p, tune=tune)
     out = q.new_empty_strided(*site.layouts[3])
     lse = q.new_empty((site.batch, site.heads, site.q_len), dtype=torch.float32)
     if site.is_empty:
@@ -86,11 +90,13 @@ def backward(
     program: ScoreProgram,
     dropout_p: float,
     capture_grads: Sequence[int],
+    tune: bool = False,
 ) -> list[Tensor]:
     """[dq, dk, dv, *gradients of the captures listed in ``capture_grads``]."""
     wanted = tuple(capture_grads)
     do = do.to(q.dtype)
-    site = _site(q, k, v, captures, ints, seed, program, dropout_p, do, out, wanted)
+    tune = tune and _may_tune(q.device)
+    site = _site(q, k, v, captures, ints, seed, program, dropout_p, do, out, wanted, tune)
     dq, dk, dv = (q.new_empty_strided(*layout) for layout in site.layouts[:3])
     if site.is_empty:
         return [dq.zero_(), dk.zero_(), dv.zero_(), *(torch.zeros_like(captures[i]) for i in wanted)]
@@ -166,11 +172,12 @@ def _site(
     do: Tensor | None = None,
     out: Tensor | None = None,
     wanted: tuple[int, ...] = (),
+    tune: bool = False,
 ) -> _Site:
     """The site with these sizes and strides; a backward has its own."""
     precision = torch.get_float32_matmul_precision() if q.dtype == torch.float32 else ""
     key = (
-        *(program, dropout_p, q.device, q.dtype, k.dtype, v.dtype, seed is None, precision, wanted),
+        *(program, dropout_p, q.device, q.dtype, k.dtype, v.dtype, seed is None, precision, wanted, tune),
         *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()),
         tuple((c.shape, c.stride(), c.dtype) for c in captures),
         tuple(ints),
@@ -182,7 +189,7 @@ def _site(
             _SITES.clear()
         _check(q, k, v, seed, dropout_p)
         tensors = [q, k, v] if do is None or out is None else [q, k, v, do, out]
-        site = _SITES[key] = _Site(tensors, captures, ints, program, dropout_p, wanted)
+        site = _SITES[key] = _Site(tensors, captures, ints, program, dropout_p, wanted, tune)
     return site
 
 
@@ -201,6 +208,7 @@ class _Site:
         program: ScoreProgram,
         dropout_p: float,
         wanted: tuple[int, ...],
+        tune: bool,
     ) -> None:
         q, k, v = tensors[:3]
         self.device = q.device
@@ -217,7 +225,7 @@ class _Site:
         self.threshold = _threshold(dropout_p)
         self.drop_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         self.precision = _precision(q.dtype)
-        self.itemsize = q.element_size()
+        self.dtype, self.itemsize = q.dtype, q.element_size()
         self.averages = program.dead_rows in AVERAGING
         # "mean" without dropout has a closed form; otherwise dead rows take a pass of their own.
         self.uniform = program.dead_rows in REACHING
@@ -239,7 +247,7 @@ class _Site:
         approximate = self.itemsize == 2 and not is_interpreted()
         self.code: Generated = generate(self.program, types, grads, self.precision != "ieee", approximate)
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
-        self.launches = Launches()
+        self.launches = Launches(self.tuned if tune else None)
         self.capability = _major_capability(q.device)
         # Heads that share a tile must share the lists of blocks.
         self.shares_map = self.group == 1 or "h" not in self.program.mask_variables
@@ -272,6 +280,31 @@ class _Site:
         loads = "tiles" if mask is not None and needs_elements(mask) else self.code.loads
         kind = configs.Kind(width, self.itemsize, self.capability, self.dropout, plain, loads, self.q_len)
         return configs.choose(kernel, kind)
+
+    def tuned(self, name: Hashable, make: Callable[..., Launch], tensors: tuple[Any, ...]) -> Launch:
+        """The launch ``name`` with the tiles that are the fastest on ``tensors``."""
+        if not isinstance(name, str) or name not in autotune.WRITTEN:
+            return make()
+        shared = autotune.shared_memory(self.device)
+        sizes = autotune.Sizes(self.d_pad, self.dv_pad, self.itemsize, shared, self.dropout)
+        choices = autotune.candidates(name, self.config(name), sizes)
+        key = {
+            "kernel": name,
+            "dims": [self.dim, self.v_dim],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "precision": self.precision,
+            # Score, mask, their derivatives and the gradients that are wanted, with canonical names.
+            "code": self.code.score.__module__.rpartition("_")[2],
+            "scaled": self.code.scale is not None,
+            "dead_rows": self.program.dead_rows,
+            "dropout": self.dropout,
+            "even": self.even,
+            "group": self.group,
+            "heads": autotune.bucket(self.batch * self.heads),
+            "lengths": [autotune.bucket(self.q_len), autotune.bucket(self.kv_len)],
+        }
+        bench = autotune.Bench(name, make, tensors)
+        return make(config=autotune.best(key, self.device, choices, bench))
 
     # Launches.  Each gives the numbers and constexprs that follow the kernel's tensors.
 
@@ -321,9 +354,9 @@ class _Site:
             return DEAD_MEAN
         return DEAD_NAN if self.program.dead_rows in NAN else DEAD_ZERO
 
-    def make_forward(self, kv_map: Tensor | None) -> Launch:
+    def make_forward(self, kv_map: Tensor | None, config: configs.Config | None = None) -> Launch:
         code = self.code
-        config = self.config("forward")
+        config = config or self.config("forward")
         numbers = (
             *(self.nums, *self.strides[0], *self.strides[1], *self.strides[2], *self._out_strides),
             *(*self._lengths, *map_strides(kv_map), *self._drop),
@@ -408,9 +441,10 @@ class _Site:
         extra_v: Tensor | None,
         q_map: Tensor | None,
         uniform: bool = False,
+        config: configs.Config | None = None,
     ) -> Launch:
         code = self.code
-        config = self.config("dkdv")
+        config = config or self.config("dkdv")
         numbers = (
             *(self.nums, *self._four_strides, *strides_of(dk), *strides_of(dv)),
             *(*strides_of(extra_k), *strides_of(extra_v), *self._lengths, *map_strides(q_map)),
@@ -431,9 +465,11 @@ class _Site:
             backward_kernels.backward_dkdv, programs, numbers, config.warps, 1 if uniform else config.stages
         )
 
-    def make_dq(self, dq: Tensor, kv_map: Tensor | None, uniform: bool) -> Launch:
+    def make_dq(
+        self, dq: Tensor, kv_map: Tensor | None, uniform: bool, config: configs.Config | None = None
+    ) -> Launch:
         code = self.code
-        config = self.config("dq")
+        config = config or self.config("dq")
         accumulate = code.accumulate
         if self._is_constant or (uniform and self.program.dead_rows in SCORES_ONLY):
             accumulate = None
@@ -466,10 +502,10 @@ class _Site:
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
         return Launch(backward_kernels.backward_dq, programs, numbers, config.warps, config.stages)
 
-    def make_table(self) -> Launch:
+    def make_table(self, config: configs.Config | None = None) -> Launch:
         code, table = self.code, self.code.table
         assert table is not None
-        config = self.config("table")
+        config = config or self.config("table")
         diagonals = -(-self.q_len // config.bm) + -(-self.kv_len // config.bm) - 1
         enough = 8 * _processors(self.device)
         parts = self.batch if table.uses_b else min(self.batch, -(-enough // (self.heads * diagonals)))
@@ -588,6 +624,11 @@ class _Site:
             return stats
         delta = torch.where(lse == float("-inf"), float("nan"), stats[..., 1])
         return torch.cat((stats[..., :1], delta[..., None], stats[..., 2:]), -1)
+
+
+def _may_tune(device: torch.device) -> bool:
+    """Other tiles are other roundings, which deterministic algorithms must not choose by the clock."""
+    return device.type == "cuda" and not is_interpreted() and not torch.are_deterministic_algorithms_enabled()
 
 
 def _major_capability(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,13 @@ def plan(
 ) -> tuple[SitePlan, ...]:
     """A decision for every site; ``kernels`` says which are asked for."""
     return tuple(_plan(site, kernels) for site in sites)
+
+
+def tuned(plans: Iterable[SitePlan]) -> tuple[SitePlan, ...]:
+    """``plans`` with kernels that choose their tiles at the first call; what they compute is the same."""
+    return tuple(
+        replace(p, selection=dispatch.tuned(p.selection)) if isinstance(p, Fuse) else p for p in plans
+    )
 
 
 def _plan(site: AttentionRegion | NearMiss, kernels: dispatch.Kernels) -> SitePlan:
