@@ -72,10 +72,11 @@ class Sizes(NamedTuple):
     dropout: bool
 
 
-def fits(kernel: str, config: Config, sizes: Sizes) -> bool:
-    """Whether ``config`` is worth compiling, from the elements that a program holds, streams and sums up.
+def needs(kernel: str, config: Config, sizes: Sizes) -> tuple[int, int]:
+    """Bytes of shared memory, and registers of a thread for sums and scores, estimated.
 
-    For 16-bit numbers on sm_90 this is the shared memory that the compiler takes, to a few KiB.
+    From the elements that a program holds, streams and sums up.  For 16-bit numbers on sm_90 the first is what
+    the compiler takes, to a few KiB.
     """
     bm, bn, warps, stages = config
     both = sizes.dim + sizes.v_dim
@@ -86,14 +87,21 @@ def fits(kernel: str, config: Config, sizes: Sizes) -> bool:
         "table": (0, 2 * bm * both, 0, 3),
     }[kernel]
     sums += (scores + sizes.dropout) * bm * bn
+    return (held + streamed * stages) * sizes.itemsize, sums // (32 * warps)
+
+
+def fits(kernel: str, config: Config, sizes: Sizes) -> bool:
+    """Whether ``config`` is one of the kernel's at all, and worth compiling."""
+    bm, bn, warps, _ = config
+    shared, registers = needs(kernel, config, sizes)
     return (
         128 % bm == 0
         and 128 % bn == 0
         and bn % 32 == 0
         # A warp's share of the scores is at least a tile of the tensor cores.
         and bm * bn >= 128 * warps
-        and (held + streamed * stages) * sizes.itemsize <= sizes.shared
-        and sums <= _REGISTERS * 32 * warps
+        and shared <= sizes.shared
+        and registers <= _REGISTERS
     )
 
 

@@ -179,3 +179,17 @@ def test_few_queries_compile_without_spills(name, q_len, capability, compiled):
     kernels = compiled(capability, **FEW_QUERIES[name], length=5000, q_len=q_len)
     assert {"decode_split", "decode_combine"} <= {kernel for kernel, *_ in kernels}
     check(kernels, name, capability)
+
+
+@pytest.mark.parametrize("name", ["causal 128", "causal 256"])
+def test_the_estimate_of_shared_memory_is_the_compilers(name, compiled):
+    from flashfuse.kernels import autotune, configs
+
+    dim = SITES[name]["dim"]
+    kinds = {"attention_forward": "forward", "backward_dkdv": "dkdv", "backward_dq": "dq"}
+    found = {kinds[kernel]: shared for kernel, _, shared in compiled(90, **SITES[name]) if kernel in kinds}
+    assert len(found) == 3
+    for kernel, shared in found.items():
+        config = configs.choose(kernel, configs.Kind(dim, 2, 9, False, False, "", 256))
+        estimate, _ = autotune.needs(kernel, config, autotune.Sizes(dim, dim, 2, 0, False))
+        assert abs(estimate - shared) <= 4096, (kernel, config)
