@@ -46,6 +46,7 @@ WRITTEN: dict[str, tuple[str, ...]] = {
 }
 """The kernels that are tuned, and the parameters that they write; what ``gptrs`` holds they add to."""
 
+_TILES = ("BM", "BN", "TILE")
 _MOST = 6
 _MARGIN = 0.03
 """How much faster than the tables' choice is faster."""
@@ -136,6 +137,13 @@ class Bench:
     tensors: tuple[Any, ...]
     copies: dict[int, Tensor] = field(default_factory=dict)
 
+    def key(self) -> dict[str, Any]:
+        """All that the kernel is compiled for, but for its tiles."""
+        what = self.make()
+        rest = zip(what.kernel.params[len(self.tensors) :], what.numbers, strict=True)
+        constants = {p.name: _named(value) for p, value in rest if p.is_constexpr and p.name not in _TILES}
+        return {"kernel": self.kernel, "constants": constants, "tensors": [_type(t) for t in self.tensors]}
+
     def __call__(self, config: Config) -> Trial:
         what = self.make(config=config)
         given = dict(zip(what.kernel.arg_names, self.tensors, strict=False))
@@ -153,6 +161,17 @@ class Bench:
         if id(buffer) not in self.copies:
             self.copies[id(buffer)] = torch.empty_like(buffer)
         return self.copies[id(buffer)].zero_()
+
+
+def _named(value: Any) -> Any:
+    """A constant as JSON has it.  Generated functions lie in modules named after a digest of their source."""
+    return f"{value.__module__}.{value.__name__}" if callable(value) else value
+
+
+def _type(tensor: Any) -> Any:
+    if isinstance(tensor, tuple):
+        return [_type(t) for t in tensor]
+    return None if tensor is None else str(tensor.dtype)
 
 
 def elapsed_ms(run: Callable[[], None]) -> float:
@@ -236,7 +255,7 @@ def best(
     """
     if len(choices) == 1:
         return choices[0]
-    text = json.dumps({**_environment(device), **key}, sort_keys=True)
+    text = json.dumps({**_environment(device), **key}, sort_keys=True, default=str)
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     with _lock:
         config = _known.get(name)
@@ -272,7 +291,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def _title(key: Mapping[str, Any]) -> str:
-    return ", ".join(f"{value}" if name == "kernel" else f"{name} {value}" for name, value in key.items())
+    return ", ".join([key["kernel"], *(f"{name} {value}" for name, value in key["sizes"].items())])
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

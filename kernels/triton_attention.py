@@ -288,22 +288,15 @@ class _Site:
         shared = autotune.shared_memory(self.device)
         sizes = autotune.Sizes(self.d_pad, self.dv_pad, self.itemsize, shared, self.dropout)
         choices = autotune.candidates(name, self.config(name), sizes)
-        key = {
-            "kernel": name,
-            "dims": [self.dim, self.v_dim],
+        bench = autotune.Bench(name, make, tensors)
+        alike = {
             "dtype": str(self.dtype).removeprefix("torch."),
-            "precision": self.precision,
-            # Score, mask, their derivatives and the gradients that are wanted, with canonical names.
-            "code": self.code.score.__module__.rpartition("_")[2],
-            "scaled": self.code.scale is not None,
-            "dead_rows": self.program.dead_rows,
-            "dropout": self.dropout,
-            "even": self.even,
-            "group": self.group,
+            "dims": [self.dim, self.v_dim],
             "heads": autotune.bucket(self.batch * self.heads),
+            "group": self.group,
             "lengths": [autotune.bucket(self.q_len), autotune.bucket(self.kv_len)],
         }
-        bench = autotune.Bench(name, make, tensors)
+        key = {**bench.key(), "sizes": alike}
         return make(config=autotune.best(key, self.device, choices, bench))
 
     # Launches.  Each gives the numbers and constexprs that follow the kernel's tensors.

@@ -21,7 +21,7 @@ HOPPER = 227 * 1024
 STATIC, SMALL, LARGE = Config(64, 64, 4, 3), Config(32, 64, 4, 2), Config(128, 128, 8, 3)
 CHOICES = [STATIC, SMALL, LARGE]
 DEVICE = torch.device("cuda")
-KEY = {"kernel": "forward", "dims": [64, 64], "code": "0123"}
+KEY = {"kernel": "forward", "code": "0123", "sizes": {"lengths": [512, 512]}}
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,10 @@ def test_the_fastest_is_chosen_and_one_line_is_logged(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "flashfuse"):
         assert best(KEY, DEVICE, CHOICES, device) == SMALL
     (record,) = caplog.records
-    assert "forward" in record.getMessage() and "(32, 64, 4, 2) 0.5 ms" in record.getMessage()
+    assert (
+        "forward, lengths [512, 512]" in record.getMessage()
+        and "(32, 64, 4, 2) 0.5 ms" in record.getMessage()
+    )
 
 
 @pytest.mark.parametrize("of_small", [1.0, 0.99, RuntimeError("out of shared memory")])
@@ -370,14 +373,16 @@ def stubs(monkeypatch):
     return noted
 
 
-def run_site(noted, tune, length=300, text=TABLE):
+def run_site(noted, tune, length=300, text=TABLE, dim=64, kv_heads=4, dropout_p=0.0, wants=True):
     program = ScoreProgram.parse(text)
-    q, k, v, do = (torch.zeros(1, 4, length, 64, dtype=torch.bfloat16) for _ in range(4))
+    q, do = (torch.zeros(1, 4, length, dim, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.zeros(1, kv_heads, length, dim, dtype=torch.bfloat16) for _ in range(2))
     captures = [torch.zeros(4, 2 * length - 1)] if program.captures else []
-    site = (captures, (), (), None, program, 0.0)
+    seed = torch.tensor([1]) if dropout_p else None
+    site = (captures, (), (), seed, program, dropout_p)
     options = {"tune": True} if tune else {}
     out, lse = noted.module.forward(q, k, v, *site, **options)
-    wanted = tuple(range(len(captures)))
+    wanted = tuple(range(len(captures))) if wants else ()
     return noted.module.backward(do, q, k, v, out, lse, *site, wanted, **options)
 
 
@@ -398,6 +403,43 @@ def test_a_site_is_tuned_at_its_first_call_and_its_buffers_hold_one_call(stubs):
     assert len(stubs.trials) == trials, "lengths up to the next power of two are alike"
     run_site(stubs, tune=True, length=513)
     assert len(stubs.trials) > trials
+
+
+def test_what_a_kernel_is_compiled_for_is_in_the_key(stubs, monkeypatch):
+    keys = []
+
+    def best(key, device, choices, attempt):
+        keys.append(json.dumps(key, sort_keys=True))
+        return choices[0]
+
+    monkeypatch.setattr(autotune, "best", best)
+
+    def of(**how):
+        keys.clear()
+        stubs.module._SITES.clear()
+        run_site(stubs, tune=True, **how)
+        return tuple(keys)
+
+    usual = of()
+    assert of(length=310) == usual and of(text=TABLE.replace("table", "bias")) == usual
+    others = [
+        of(**how)
+        for how in (
+            {"text": TABLE.replace(" where kv <= q", "")},
+            {"text": TABLE.replace("0.125", "0.25")},
+            {"text": "s*0.125 where kv <= q"},
+            {"length": 384},
+            {"length": 512},
+            {"length": 600},
+            {"dim": 128},
+            {"dim": 56},
+            {"kv_heads": 2},
+            {"dropout_p": 0.1},
+        )
+    ]
+    assert len({usual, *others}) == 1 + len(others)
+    unwanted = of(wants=False)
+    assert unwanted[:1] == usual[:1] and not set(unwanted[1:]) & set(usual[1:])
 
 
 def test_another_process_reads_what_was_found(stubs):
@@ -421,13 +463,13 @@ def test_off_by_default(stubs, tmp_path):
 
 def test_the_written_parameters_are_the_kernels():
     pytest.importorskip("triton")
-    from flashfuse.kernels import backward, forward
+    from flashfuse.kernels import backward, forward, tables
 
     kernels = {
         "forward": forward.attention_forward,
         "dkdv": backward.backward_dkdv,
         "dq": backward.backward_dq,
-        "table": backward.backward_table,
+        "table": tables.backward_table,
     }
     assert set(kernels) == set(autotune.WRITTEN)
     for name, kernel in kernels.items():
