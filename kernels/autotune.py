@@ -76,8 +76,8 @@ class Sizes(NamedTuple):
 def needs(kernel: str, config: Config, sizes: Sizes) -> tuple[int, int]:
     """Bytes of shared memory, and registers of a thread for sums and scores, estimated.
 
-    From the elements that a program holds, streams and sums up.  For 16-bit numbers on sm_90 the first is what
-    the compiler takes, to a few KiB; dropout and loads per element take more.
+    From the elements that a program holds, streams and sums up.  For 16-bit numbers on sm_90 the first is
+    what the compiler takes, to a few KiB; dropout and loads per element take more.
     """
     bm, bn, warps, stages = config
     both = sizes.dim + sizes.v_dim
