@@ -218,7 +218,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr, FLAT: tl.constexpr = False,
+    UNIFORM: tl.constexpr, FLAT: tl.constexpr = None,
 ):  # fmt: skip
     """One tile of BM queries into dk [BN, D_PAD] and dv [BN, DV_PAD]; scores lie as [kv, q]."""
     start = tl.cast(start, tl.int32)
@@ -230,13 +230,15 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     if CHECK:
         rows = tl.minimum(rows, Sq - 1)
     s = dot_rows(k, q, PRECISION)  # [BN, BM]
-    if FLAT:
-        x = SCORE(s, b, h, start, kv_first, Sq, Skv, ptrs, nums)
-    elif SCALE is not None:
-        x = s * SCALE
+    if FLAT is not None:
+        t = SCORE(0.0, b, h, start, kv_first, Sq, Skv, ptrs, nums)
+        p = tl.exp2(s * (FLAT * LOG2E) + ((t - lse) * LOG2E - norm)[None, :])
     else:
-        x = SCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
-    p = _weights(x, lse[None, :], norm[None, :], Skv, FOLDED, UNIFORM)
+        if SCALE is not None:
+            x = s * SCALE
+        else:
+            x = SCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
+        p = _weights(x, lse[None, :], norm[None, :], Skv, FOLDED, UNIFORM)
     if MASK is not None:
         allowed = MASK(b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
         p = tl.where(allowed, p, 0.0)
@@ -269,7 +271,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
     sxkb, sxkh, sxks, sxvb, sxvh, sxvs, H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ENDS: tl.constexpr,
-    SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    FLAT: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -333,7 +335,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                     dk, dv = _dkdv_tile(
                         dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
                         Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
-                        FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, True,
+                        FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, FLAT,
                     )  # fmt: skip
                     start = tile_of_ends(Full, i + 1, full, before, after, BM, BLOCK)
             num_tiles = (full - before - after) * (BLOCK // BM)
@@ -366,7 +368,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                     dk, dv = _dkdv_tile(
                         dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
                         Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
-                        FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, True,
+                        FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, FLAT,
                     )  # fmt: skip
             for start in range(before * BM, (whole - after) * BM, BM):
                 dk, dv = _dkdv_tile(
@@ -413,7 +415,7 @@ def ds_tile(  # type: ignore[no-untyped-def]
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr, FLAT: tl.constexpr = False,
+    UNIFORM: tl.constexpr, FLAT: tl.constexpr = None,
 ):  # fmt: skip
     """(dS, s, k, positions of keys, which are allowed) of one tile of BN keys, dS and s [BM, BN]."""
     offset = start.to(tl.int64) * 8
@@ -425,13 +427,15 @@ def ds_tile(  # type: ignore[no-untyped-def]
     if CHECK:
         kv = tl.minimum(kv, Skv - 1)
     s = dot_rows(q, k, PRECISION)  # [BM, BN]
-    if FLAT:
-        x = SCORE(s, b, h, q_first, start, Sq, Skv, ptrs, nums)
-    elif SCALE is not None:
-        x = s * SCALE
+    if FLAT is not None:
+        t = SCORE(0.0, b, h, q_first, start, Sq, Skv, ptrs, nums)
+        p = tl.exp2(s * (FLAT * LOG2E) + ((t - lse) * LOG2E - norm)[:, None])
     else:
-        x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-    p = _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, UNIFORM)
+        if SCALE is not None:
+            x = s * SCALE
+        else:
+            x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+        p = _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, UNIFORM)
     if MASK is not None:
         of_mask = MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
         if CHECK:
@@ -455,7 +459,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr, FLAT: tl.constexpr = False,
+    UNIFORM: tl.constexpr, FLAT: tl.constexpr = None,
 ):  # fmt: skip
     """One tile of BN keys into dq [BM, D_PAD], and into the captures' gradients."""
     start = tl.cast(start, tl.int32)
@@ -485,7 +489,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdqb, sdqh, sdqs,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
-    ENDS: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    ENDS: tl.constexpr, FLAT: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -547,7 +551,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
                     dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
                     ptrs, nums, gptrs,
                     gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM, True,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM, FLAT,
                 )  # fmt: skip
                 start = tile_of_ends(Full, i + 1, full, before, after, BN, BLOCK)
         num_tiles = (full - before - after) * (BLOCK // BN)
@@ -572,7 +576,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
                     dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
                     ptrs, nums, gptrs,
                     gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM, True,
+                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM, FLAT,
                 )  # fmt: skip
         for start in range(before * BN, whole - after * BN, BN):
             dq = _dq_tile(

@@ -107,9 +107,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Ends:
-    """A score that depends on q and kv only by one table of distances, in front and behind often constant.
+    """A score a s + t, of which t depends on q and kv only by a table of distances.
 
-    Tables of buckets are so beyond the farthest bucket: a tile that lies there needs one number of the table.
+    Tables of buckets are one number beyond the farthest bucket: tiles that lie there need no loads.
 
     Attributes:
         capture: the position of the table, of one axis or two, of which the last is that of distances.
@@ -136,7 +136,7 @@ class Generated:
         ends: how to find tiles in which the score's table is one number, if it has such a table.
         sums_rows: a wanted gradient is summed over the keys of a row, where the errors of dS add up.
         loads: ``tiles`` where the score loads something at an index of both q and kv, ``scattered`` where
-            that is by ``load_scattered``, else ``""``.
+            that is by ``load_scattered``, ``distances`` where it is one table of distances, else ``""``.
     """
 
     score: Any
@@ -184,7 +184,7 @@ def generate(
     of_distance = [load for load in loads if _is_of_distance(load.node)]
     if len(of_distance) == 1:
         functions += _table_functions(program, of_distance[0], loads, names)
-    with_ends = _load_with_ends(score, names)
+    with_ends = _load_with_ends(score, names) if dscale is not None and dscale > 0 else None
     functions.append("" if with_ends is None else _ends_function(with_ends, names))
     module = load_module("\n\n".join(f for f in functions if f))
     ends = None
@@ -217,7 +217,9 @@ def _loads(score: Expr, names: Names) -> str:
     of_pairs = [node for node in walk(score) if node.op == "load" and _axis(node) == 2]
     if not of_pairs:
         return ""
-    return "scattered" if names.scatters and all(map(is_scattered, of_pairs)) else "tiles"
+    if not names.scatters or not all(map(is_scattered, of_pairs)):
+        return "tiles"
+    return "distances" if len(of_pairs) == 1 and _is_of_distance(of_pairs[0]) else "scattered"
 
 
 def _sums_rows(score: Expr, capture: str) -> bool:

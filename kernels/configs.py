@@ -25,7 +25,7 @@ _HALF: dict[tuple[str, int], tuple[Config, Config, Config, Config]] = {
     ("dkdv", 8): (_C(32, 64, 4, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1), _C(32, 64, 4, 2)),
     ("dq", 8): (_C(64, 64, 4, 2), _C(64, 32, 4, 2), _C(32, 32, 4, 1), _C(64, 32, 4, 2)),
     ("forward", 9): (_C(128, 64, 4, 3), _C(64, 64, 4, 3), _C(128, 64, 8, 2), _C(64, 64, 4, 3)),
-    ("dkdv", 9): (_C(64, 64, 4, 3), _C(32, 64, 4, 3), _C(64, 64, 8, 1), _C(64, 64, 4, 2)),
+    ("dkdv", 9): (_C(64, 64, 4, 3), _C(32, 64, 4, 3), _C(64, 64, 8, 1), _C(64, 64, 4, 3)),
     ("dq", 9): (_C(128, 64, 4, 3), _C(128, 64, 8, 3), _C(128, 32, 8, 2), _C(64, 32, 4, 3)),
     ("forward", 10): (_C(64, 64, 4, 3), _C(64, 64, 4, 3), _C(64, 64, 8, 2), _C(64, 64, 4, 3)),
     ("dkdv", 10): (_C(32, 64, 4, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1), _C(32, 64, 4, 2)),
@@ -51,6 +51,8 @@ _SCATTERED = {
     "dkdv": (_C(32, 64, 4, 3), _C(32, 64, 4, 2)),
     "dq": (_C(64, 32, 4, 3), _C(64, 32, 4, 3)),
 }
+# One table of distances, on capability 9, head dims up to 64
+_DISTANCES = {"forward": _C(128, 64, 4, 3), "dkdv": _C(64, 64, 4, 3), "dq": _C(64, 64, 4, 3)}
 _SINGLE: dict[str, tuple[Config, Config, Config]] = {
     "forward": (_C(32, 32, 4, 2), _C(32, 32, 8, 2), _C(16, 32, 8, 1)),
     "dkdv": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1)),
@@ -58,7 +60,7 @@ _SINGLE: dict[str, tuple[Config, Config, Config]] = {
 }
 # Square tiles.
 _TABLE: dict[int, tuple[Config, Config, Config]] = {
-    2: (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1)),
+    2: (_C(64, 64, 4, 2), _C(64, 64, 4, 2), _C(32, 32, 4, 1)),
     4: (_C(32, 32, 4, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1)),
 }
 
@@ -68,7 +70,8 @@ class Kind(NamedTuple):
 
     ``head_dim`` is the larger of the padded D and Dv, ``itemsize`` the bytes of an element of q,
     ``capability`` the device's major compute capability, ``plain`` a score ``s*c`` without a mask,
-    ``loads`` is ``tiles`` where something is loaded per element, ``scattered`` where entries of tables are.
+    ``loads`` is ``tiles`` where something is loaded per element, ``scattered`` where entries of tables are,
+    ``distances`` where those of one table of distances are.
     """
 
     head_dim: int
@@ -84,13 +87,13 @@ def measured(kernel: str, itemsize: int) -> tuple[Config, ...]:
     """All configs of the tables for ``kernel``: each was the fastest somewhere."""
     if kernel == "table":
         square = _TABLE[2 if itemsize == 2 else 4]
-        rows = [c for s in square for c in (s, s._replace(warps=8), s._replace(stages=2))]
+        rows = [c for s in square for c in (s, s._replace(warps=8, stages=1), s._replace(stages=1))]
     elif itemsize != 2:
         rows = list(_SINGLE[kernel])
     else:
         rows = [c for (name, _), row in _HALF.items() if name == kernel for c in row]
         rows += [c for (name, *_), c in _DENSE.items() if name == kernel]
-        rows += [_TILE_LOADS[kernel], *_SCATTERED[kernel]]
+        rows += [_TILE_LOADS[kernel], *_SCATTERED[kernel], _DISTANCES[kernel]]
     return tuple(dict.fromkeys(rows))
 
 
@@ -100,15 +103,15 @@ def choose(kernel: str, kind: Kind) -> Config:
     if kernel in ("decode", "table"):
         config = {"decode": _DECODE, "table": _TABLE}[kernel][2 if kind.itemsize == 2 else 4][bucket]
         if kernel == "table" and kind.capability != 9:
-            return config._replace(warps=8)
-        # Numbers for dropout are drawn while the next tile is on its way.
-        return config._replace(stages=2) if kernel == "table" and kind.dropout and bucket < 2 else config
+            return config._replace(warps=8, stages=1)
+        return config
     if kind.itemsize != 2:
         return _SINGLE[kernel][bucket]
     capability = min(max(kind.capability, 8), 10)
     if kind.loads and bucket < 2:
-        scattered = kind.loads == "scattered" and capability == 9
-        return _SCATTERED[kernel][bucket] if scattered else _TILE_LOADS[kernel]
+        if capability != 9 or kind.loads == "tiles":
+            return _TILE_LOADS[kernel]
+        return _DISTANCES[kernel] if kind.loads == "distances" and not bucket else _SCATTERED[kernel][bucket]
     if capability == 9 and kind.plain and not kind.dropout:
         dense = _DENSE.get((kernel, (64, 128, 256)[bucket], kind.length >= _LONG))
         if dense is not None:

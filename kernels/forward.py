@@ -90,9 +90,12 @@ def attend(  # type: ignore[no-untyped-def]
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    FLAT: tl.constexpr = False,
+    FLAT: tl.constexpr = None,
 ):  # fmt: skip
-    """One tile of BN keys into acc [BM, DV_PAD], l [BM], m [BM].  FLAT: its table is one number."""
+    """One tile of BN keys into acc [BM, DV_PAD], l [BM], m [BM].
+
+    FLAT is a where the score is a s + t, with one number t for the tile.
+    """
     start = tl.cast(start, tl.int32)
     offset = start.to(tl.int64) * 8
     columns = tl.arange(0, BN)
@@ -102,9 +105,7 @@ def attend(  # type: ignore[no-untyped-def]
     inside = (kv < Skv)[None, :]
     if CHECK:
         kv = tl.minimum(kv, Skv - 1)
-    if FLAT:
-        s = SCORE(s, b, h, q_first, start, Sq, Skv, ptrs, nums)
-    elif SCALE is None:
+    if SCALE is None and FLAT is None:
         s = SCORE(s, b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
     if MASK is not None:
         allowed = MASK(b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
@@ -113,7 +114,13 @@ def attend(  # type: ignore[no-untyped-def]
         s = tl.where(allowed, s, float("-inf"))
     elif CHECK:
         s = tl.where(inside, s, float("-inf"))
-    if SCALE is not None:
+    if FLAT is not None:
+        t = SCORE(0.0, b, h, q_first, start, Sq, Skv, ptrs, nums)
+        m_new = tl.maximum(m, tl.max(s, 1) * FLAT + t)
+        m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * (FLAT * LOG2E) + ((t - m_used) * LOG2E)[:, None])
+        alpha = tl.exp2((m - m_used) * LOG2E)
+    elif SCALE is not None:
         m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
         # While a row has seen no key, 0 stands for its maximum: −inf − (−inf) is not a number.
         m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -145,7 +152,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sob, soh, sos,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, ENDS: tl.constexpr,
-    SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    FLAT: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, DEAD: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -207,7 +214,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
                     acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
                     seed, bh,
                     threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
-                    PRECISION, True,
+                    PRECISION, FLAT,
                 )  # fmt: skip
                 start = tile_of_ends(Full, i + 1, full, before, after, BN, BLOCK)
         num_tiles = (full - before - after) * (BLOCK // BN)
@@ -232,7 +239,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
                     acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
                     seed, bh,
                     threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
-                    PRECISION, True,
+                    PRECISION, FLAT,
                 )  # fmt: skip
         for start in range(before * BN, whole - after * BN, BN):
             acc, l, m = attend(

@@ -15,6 +15,8 @@ import triton.language as tl
 from flashfuse.kernels.backward import ds_tile, load_stats
 from flashfuse.kernels.forward import load_rows
 
+MODERATE: tl.constexpr = tl.constexpr(4096.0)
+
 
 @triton.jit
 def _table_tile(  # type: ignore[no-untyped-def]
@@ -64,7 +66,8 @@ def backward_table(  # type: ignore[no-untyped-def]
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
     BATCH, H, GROUP, Sq, Skv, parts, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr, REACH: tl.constexpr,
-    REACH_IS_MASK: tl.constexpr, ENDS: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    REACH_IS_MASK: tl.constexpr, ENDS: tl.constexpr, FLAT: tl.constexpr,
+    SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +115,7 @@ def backward_table(  # type: ignore[no-untyped-def]
                 i, length_of_one, first_q, first_kv, first_b, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats,
                 ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, seed, threshold,
                 drop_scale, SCORE, None, SLOPE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, EVEN, DROPOUT, PRECISION,
-                TILE, ENDS is not None,
+                TILE, FLAT,
             )  # fmt: skip
     else:
         easy = 0
@@ -121,7 +124,7 @@ def backward_table(  # type: ignore[no-untyped-def]
             i, length_of_one, first_q, first_kv, first_b, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats,
             ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, seed, threshold,
             drop_scale, SCORE, MASK, SLOPE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, EVEN, DROPOUT, PRECISION,
-            TILE, False,
+            TILE, None,
         )  # fmt: skip
     # Any tile of the diagonal has the distances; where the first sticks out, nothing was added.
     rows = tl.minimum(first_q * TILE + local, Sq - 1)[:, None]
@@ -133,14 +136,14 @@ def backward_table(  # type: ignore[no-untyped-def]
 def table_ends(Table, Ends, table_r, table_d, length, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Per row of a table [rows, length]: up to which index, and from which on, it is one number.
 
-    One program per row; a NaN is equal to nothing.
+    One program per row.  A number that float32 does not add up with others well (or NaN) is none.
     """
     row = tl.program_id(0)
     base = Table + row.to(tl.int64) * table_r
     first = tl.load(base)
     last = tl.load(base + (length - 1).to(tl.int64) * table_d)
-    low = length - 1
-    high = 0
+    low = tl.where(tl.abs(first.to(tl.float32)) < MODERATE, length - 1, -1)
+    high = tl.where(tl.abs(last.to(tl.float32)) < MODERATE, 0, length)
     for i in range(0, length, CHUNK):
         at = i + tl.arange(0, CHUNK)
         value = tl.load(base + at.to(tl.int64) * table_d, mask=at < length, other=0.0)

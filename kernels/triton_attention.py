@@ -310,13 +310,15 @@ class _Site:
         return self.threshold, self.drop_scale
 
     @property
-    def _ends(self) -> Any:
-        """The jit function for tiles in which a table is one number, where there may be such."""
-        return None if self.code.ends is None or self.kv_len < SHORTEST_WITH_ENDS else self.code.ends.of_row
+    def _ends(self) -> tuple[Any, float | None]:
+        """``Ends.of_row`` and the slope of the score, where tiles in which a table is one number may be."""
+        if self.code.ends is None or self.kv_len < SHORTEST_WITH_ENDS:
+            return None, None
+        return self.code.ends.of_row, self.code.dscale
 
     def ends(self, captures: Sequence[Tensor], aligned: bool) -> Tensor | None:
         """[rows, 2] int32: up to which index, and from which on, each row of the table is one number."""
-        if self._ends is None or self.code.ends is None:
+        if self._ends[0] is None or self.code.ends is None:
             return None
         table = captures[self.code.ends.capture]
         table = table if table.ndim == 2 else table[None]
@@ -353,7 +355,7 @@ class _Site:
         numbers = (
             *(self.nums, *self.strides[0], *self.strides[1], *self.strides[2], *self._out_strides),
             *(*self._lengths, *map_strides(kv_map), *self._drop),
-            *(code.score, code.mask, code.sink, self._ends, self._scale, code.folded, *self._dims),
+            *(code.score, code.mask, code.sink, *self._ends, self._scale, code.folded, *self._dims),
             *(BLOCK, self.even, self.dropout, self._dead, self.precision, config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
@@ -447,7 +449,7 @@ class _Site:
                 code.score,
                 None if uniform else code.mask,
                 code.dscore,
-                None if uniform else self._ends,
+                *((None, None) if uniform else self._ends),
                 self._scale,
             ),
             *(code.folded, *self._dims, BLOCK, self.even, self.dropout, self.precision, uniform),
@@ -480,7 +482,7 @@ class _Site:
             ),
             *(*self._drop, self._dscale, code.score, None if uniform else code.mask, code.dscore, accumulate),
             *(
-                None if uniform else self._ends,
+                *((None, None) if uniform else self._ends),
                 self._scale,
                 code.folded,
                 *self._dims,
@@ -511,7 +513,7 @@ class _Site:
                 table.add,
                 table.reach,
                 table.reach_is_mask,
-                self._ends,
+                *self._ends,
                 self._scale,
                 code.folded,
                 *self._dims,

@@ -169,7 +169,7 @@ def of_row(b, h, sq, skv):
 for case in [
     dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q", sizes=(1, 2, 300, 300), captures=buckets),
     dict(program="s*0.158 + t[h, kv - q + Sq - 1]", sizes=(2, 2, 140, 270), captures=buckets, kv_heads=2),
-    dict(program="tanh(s*0.05 + t[kv - q + Sq - 1])*9.0 where pad[b, kv] else uniform",
+    dict(program="s*0.1 + 2.0*t[kv - q + Sq - 1] where pad[b, kv] else uniform",
          sizes=(2, 1, 260, 270), captures=lambda *n: [*of_row(*n), *left_pad(*n)], dropout_p=0.2),
     dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv >= q - 3 sink x[h]", sizes=(1, 2, 300, 290),
          captures=lambda *n: [*buckets(*n), *sinks(*n)], dtype=torch.float16),
