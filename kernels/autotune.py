@@ -153,7 +153,7 @@ class Bench:
             results += self.copies.values()
         tensors = tuple(given.values())
         compiled = launch(what, *tensors)
-        again = functools.partial(direct(compiled, what.programs), *tensors, *what.numbers)
+        again = functools.partial(direct(compiled, what), *tensors)
         return Trial(compiled.n_spills, results, again)
 
     def _copy(self, buffer: Tensor) -> Tensor:

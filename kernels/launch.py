@@ -7,6 +7,7 @@ call :class:`Launches` calls the compiled kernel directly.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -49,32 +50,66 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def direct(compiled: Any, programs: int) -> Callable[..., None]:
-    """``compiled`` on ``programs`` programs of the current device, as a function of its arguments.
+def direct(compiled: Any, what: Launch) -> Callable[..., None]:
+    """``compiled`` as ``what`` launches it on the current device, as a function of its tensors.
 
     What ``compiled[grid]`` asks Triton at each call (the device, its stream's getter, metadata for hooks that
     nobody has set) is asked once.  Where hooks are set, as profilers do, or Triton is made otherwise than
     3.6 to 3.9 are, that way is taken.
     """
+    programs, numbers = what.programs, what.numbers
     slow: Callable[..., None] = compiled[(programs, 1, 1)]
     try:
         # The module that compiled it knows the driver; this file does not import Triton.
         triton = sys.modules[type(compiled).__module__]
         stream_of, runtime = triton.driver.active.get_current_stream, triton.knobs.runtime
-        run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+        start = _start(compiled.run, programs, compiled.function, compiled.packed_metadata)
         hooks = runtime.launch_enter_hook.calls, runtime.launch_exit_hook.calls
     except (AttributeError, KeyError):
-        return slow
+        return lambda *tensors: slow(*tensors, *numbers)
     device = torch.cuda.current_device()
     entering, leaving = hooks
 
-    def fast(*arguments: Any) -> None:
+    def fast(*tensors: Any) -> None:
         if entering or leaving:
-            slow(*arguments)
+            slow(*tensors, *numbers)
         else:
-            run(programs, 1, 1, stream_of(device), function, packed, None, None, None, *arguments)
+            start(stream_of(device), (*tensors, *numbers))
 
     return fast
+
+
+def _start(run: Any, programs: int, function: Any, packed: Any) -> Callable[[Any, tuple[Any, ...]], None]:
+    """Triton's launcher ``run`` as a function of the stream and of the kernel's arguments.
+
+    The launcher is Python around one function in C: it allocates what a kernel asks for as scratch memory
+    and passes on the rest.  For a kernel that asks for none, what it passes on is always the same.  So it is
+    noted once, from a copy of the launcher with another function in the place of that in C, which is called
+    with it from then on.
+    """
+
+    def through(stream: Any, arguments: tuple[Any, ...]) -> None:
+        run(programs, 1, 1, stream, function, packed, None, None, None, *arguments)
+
+    noted: list[tuple[Any, ...]] = []
+    stream_here, argument_here = object(), object()
+    try:
+        in_c = run.launch
+        if run.global_scratch_size or run.profile_scratch_size:
+            return through
+        stand_in = copy.copy(run)
+        stand_in.launch = lambda *given: noted.append(given)
+        stand_in(programs, 1, 1, stream_here, function, packed, None, None, None, argument_here)
+        (given,) = noted
+        at = given.index(stream_here)
+    except (AttributeError, TypeError, ValueError):
+        return through
+    before, between, last = given[:at], given[at + 1 : -1], given[-1]
+    if last is argument_here:  # Triton 3.6
+        return lambda stream, arguments: in_c(*before, stream, *between, *arguments)
+    if last == (argument_here,):  # Triton 3.9
+        return lambda stream, arguments: in_c(*before, stream, *between, arguments)
+    return through
 
 
 class Launches:
@@ -82,7 +117,7 @@ class Launches:
 
     def __init__(self, tune: Callable[[Hashable, Callable[..., Launch], Any], Launch] | None = None) -> None:
         self._tune = tune
-        self._ready: dict[Hashable, tuple[Callable[..., None], tuple[Any, ...]]] = {}
+        self._ready: dict[Hashable, Callable[..., None]] = {}
         self._made: dict[Hashable, Launch] = {}
 
     def run(self, name: Hashable, aligned: bool, make: Callable[..., Launch], *tensors: Any) -> None:
@@ -93,11 +128,11 @@ class Launches:
         if aligned:
             ready = self._ready.get(name)
             if ready is not None:
-                ready[0](*tensors, *ready[1])
+                ready(*tensors)
                 return
         what = self._made.get(name)
         if what is None:
             what = self._made[name] = make() if self._tune is None else self._tune(name, make, tensors)
         compiled = launch(what, *tensors)
         if aligned and compiled is not None:
-            self._ready[name] = (direct(compiled, what.programs), what.numbers)
+            self._ready[name] = direct(compiled, what)

@@ -212,7 +212,9 @@ def _(captures, ints, like, B, H, Sq, Skv, mask):  # type: ignore[no-untyped-def
 
 # --- gradients ---------------------------------------------------------------------------------
 
-_ATTENTION_BACKWARD = torch.ops.flashfuse.attention_backward.default
+_ATTENTION_BACKWARD = autograd.backward_of(
+    torch.ops.flashfuse.attention_backward.default, _attention_backward
+)
 _WEIGHTS_BACKWARD = torch.ops.flashfuse.attention_weights_backward.default
 
 
@@ -220,11 +222,13 @@ class FlashfuseAttention(torch.autograd.Function):
     """``flashfuse::attention`` as ``autograd.register`` calls it: gradients for q, k, v and the captures."""
 
     @staticmethod
-    def forward(ctx: Any, run: autograd.Run, args: tuple[Any, ...], *_: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, run: autograd.Run, plain: bool, args: tuple[Any, ...], *_: Tensor
+    ) -> tuple[Tensor, Tensor]:
         out, lse = run(args)
         q, k, v, captures, ints, maps, seed, program, dropout_p, variant = args
         ctx.save_for_backward(q, k, v, out, lse, seed, *captures, *maps)
-        ctx.site = len(captures), ints, program, dropout_p, variant
+        ctx.site = plain, len(captures), ints, program, dropout_p, variant
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -233,23 +237,24 @@ class FlashfuseAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dlse is not None:
             raise RuntimeError("flashfuse::attention: lse is not differentiable; use out")
-        count, ints, program, dropout_p, variant = ctx.site
+        plain, count, ints, program, dropout_p, variant = ctx.site
         if do is None:
-            return (None,) * (5 + count)
-        q, k, v, out, lse, seed, *rest = ctx.saved_tensors
+            return (None,) * (6 + count)
+        q, k, v, out, lse, seed, *rest = saved = ctx.saved_tensors
         captures, maps = rest[:count], rest[count:]
-        wanted = _wanted(program, ctx.needs_input_grad[5:])
+        wanted = _wanted(program, ctx.needs_input_grad[6:])
         dq, dk, dv, *dcaptures = _ATTENTION_BACKWARD(
-            do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, wanted
+            *(plain, saved),
+            *(do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, wanted),
         )
-        return None, None, dq, dk, dv, *_placed(dcaptures, wanted, count)
+        return None, None, None, dq, dk, dv, *_placed(dcaptures, wanted, count)
 
 
 class FlashfuseWeights(torch.autograd.Function):
     """``flashfuse::attention_weights`` likewise: gradients for q, k and the captures."""
 
     @staticmethod
-    def forward(ctx: Any, run: autograd.Run, args: tuple[Any, ...], *_: Tensor) -> Tensor:
+    def forward(ctx: Any, run: autograd.Run, plain: bool, args: tuple[Any, ...], *_: Tensor) -> Tensor:
         q, k, captures, ints, seed, program, dropout_p, variant, _dtype = args
         ctx.save_for_backward(q, k, seed, *captures)
         ctx.site = ints, program, dropout_p, variant
@@ -263,11 +268,11 @@ class FlashfuseWeights(torch.autograd.Function):
         if dweights is None:
             return (None,) * len(ctx.needs_input_grad)
         q, k, seed, *captures = ctx.saved_tensors
-        wanted = _wanted(program, ctx.needs_input_grad[4:])
+        wanted = _wanted(program, ctx.needs_input_grad[5:])
         dq, dk, *dcaptures = _WEIGHTS_BACKWARD(
             dweights, q, k, captures, ints, seed, program, dropout_p, variant, wanted
         )
-        return None, None, dq, dk, *_placed(dcaptures, wanted, len(captures))
+        return None, None, None, dq, dk, *_placed(dcaptures, wanted, len(captures))
 
 
 def _wanted(program: str, needs: Sequence[bool]) -> list[int]:

@@ -50,7 +50,7 @@ def forward(
     tune = tune and _may_tune(q.device)
     site = _site(q, k, v, captures, ints, seed, program, dropout_p, tune=tune)
     out = q.new_empty_strided(*site.layouts[3])
-    lse = q.new_empty((site.batch, site.heads, site.q_len), dtype=torch.float32)
+    lse = q.new_empty_strided(*site.layout_of_rows, dtype=torch.float32)
     if site.is_empty:
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
@@ -94,10 +94,12 @@ def backward(
 ) -> list[Tensor]:
     """[dq, dk, dv, *gradients of the captures listed in ``capture_grads``]."""
     wanted = tuple(capture_grads)
-    do = do.to(q.dtype)
+    if do.dtype != q.dtype:
+        do = do.to(q.dtype)
     tune = tune and _may_tune(q.device)
     site = _site(q, k, v, captures, ints, seed, program, dropout_p, do, out, wanted, tune)
-    dq, dk, dv = (q.new_empty_strided(*layout) for layout in site.layouts[:3])
+    of_q, of_k, of_v = site.layouts[:3]
+    dq, dk, dv = q.new_empty_strided(*of_q), q.new_empty_strided(*of_k), q.new_empty_strided(*of_v)
     if site.is_empty:
         return [dq.zero_(), dk.zero_(), dv.zero_(), *(torch.zeros_like(captures[i]) for i in wanted)]
     q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
@@ -132,6 +134,9 @@ def backward(
                 rest = (site.stats_of_dead_rows(lse, stats), None, seed, None, ptrs, buffers)
                 run(f"uniform_dq{kind}", aligned, make, q, k, v, do, dq, *rest)
 
+        if not wanted:
+            add_up("", ())
+            return [dq, dk, dv]
         sums = site.capture_gradients(captures, add_up)
         totals = dict(zip(site.of_score, sums, strict=True))
         for i, gradient in site.sink_gradients(captures, ints, lse, stats).items():
@@ -231,6 +236,7 @@ class _Site:
         self.uniform = program.dead_rows in REACHING
         self.fits = [fits(t) for t in tensors]
         self.layouts = [bshd(sizes) for sizes in (q.shape, k.shape, v.shape, (*q.shape[:3], self.v_dim))]
+        self.layout_of_rows = q.shape[:3], (self.heads * self.q_len, self.q_len, 1)
         self.strides = [
             strides_of(t if fit else t.contiguous()) for t, fit in zip(tensors, self.fits, strict=True)
         ]

@@ -12,6 +12,7 @@ from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import flashfuse.kernels.ops  # noqa: F401  (defines torch.ops.flashfuse)
@@ -164,20 +165,25 @@ def test_views_and_one_tensor_three_times():
     assert_equal_under_rule(found, summed(x.dtype), summed(torch.float64))
 
 
+class Seen(TorchDispatchMode):
+    """A mode that notes the operators it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 @both
 def test_modes_see_the_operator_and_its_backward(run):
-    seen = set()
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.add(str(function))
-            return function(*args, **(kwargs or {}))
-
-    with Seen():
+    with Seen() as mode:
         found = gradients(run)
     assert_same_bits(found, gradients(run))
     name = f"flashfuse.attention{'_weights' * (run is weights)}"
-    assert {f"{name}.default", f"{name}_backward.default"} <= seen
+    assert {f"{name}.default", f"{name}_backward.default"} <= mode.names
 
 
 @both
@@ -194,6 +200,49 @@ def test_lazy_negation_is_resolved():
     negated = torch.complex(q, q).conj().imag
     assert negated.is_neg()
     assert torch.equal(attention(negated, *rest), attention(-q, *rest))
+
+
+def test_a_mode_of_the_backward_alone_sees_it():
+    leaves = inputs()
+    out = attention(*leaves)
+    with Seen() as mode:
+        found = torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view(out.shape))
+    assert "flashfuse.attention_backward.default" in mode.names
+    assert_same_bits(found, gradients(attention))
+
+
+def test_a_gradient_that_is_lazily_negated():
+    leaves = inputs()
+    out = attention(*leaves)
+    do = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    lazy = torch.complex(do, -do).conj().imag
+    assert lazy.is_neg()
+    assert_same_bits(torch.autograd.grad(out, leaves, lazy), gradients(attention))
+
+
+def test_hooks_may_give_back_tensors_of_another_type():
+    seen = []
+
+    class Watched(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            made = torch.Tensor._make_wrapper_subclass(
+                cls, inner.shape, strides=inner.stride(), dtype=inner.dtype
+            )
+            made.inner = inner
+            return made
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            args, kwargs = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+            return function(*args, **kwargs)
+
+    leaves = inputs()
+    with saved_tensors_hooks(lambda t: t, Watched):
+        found = gradients(attention, leaves)
+    assert "flashfuse.attention_backward.default" in seen
+    assert_same_bits(found, gradients(attention))
 
 
 @both

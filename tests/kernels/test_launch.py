@@ -6,7 +6,9 @@ import types
 import pytest
 import torch
 
-from flashfuse.kernels.launch import direct
+from flashfuse.kernels.launch import Launch, direct
+
+WHAT = Launch(None, 7, (1, 2))
 
 
 class Hooks:
@@ -42,20 +44,63 @@ def compiled(monkeypatch):
 
 
 def test_the_kernel_is_called_as_triton_calls_it(compiled):
-    direct(compiled, 7)("q", 1)
-    assert compiled.fast == [(7, 1, 1, 1003, "function", "packed", None, None, None, "q", 1)]
+    direct(compiled, WHAT)("q")
+    assert compiled.fast == [(7, 1, 1, 1003, "function", "packed", None, None, None, "q", 1, 2)]
     assert not compiled.slow
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_hooks_are_served(compiled, hook):
-    run = direct(compiled, 7)
+    run = direct(compiled, WHAT)
     getattr(compiled.runtime, hook).calls.append(print)
-    run("q", 1)
-    assert compiled.slow == [((7, 1, 1), ("q", 1))] and not compiled.fast
+    run("q")
+    assert compiled.slow == [((7, 1, 1), ("q", 1, 2))] and not compiled.fast
 
 
 def test_another_triton_is_asked_itself(compiled):
     del compiled.runtime.launch_exit_hook
-    direct(compiled, 7)("q")
-    assert compiled.slow == [((7, 1, 1), ("q",))] and not compiled.fast
+    direct(compiled, WHAT)("q")
+    assert compiled.slow == [((7, 1, 1), ("q", 1, 2))] and not compiled.fast
+
+
+class Launcher:
+    """A launcher as of Triton 3.9, or of 3.6 if ``flat``; ``done`` is what its function in C is given."""
+
+    global_scratch_size = profile_scratch_size = 0
+
+    def __init__(self, flat):
+        self.flat, self.done, self.calls = flat, [], 0
+        self.launch = lambda *given: self.done.append(given)
+
+    def __call__(self, x, y, z, stream, function, packed, *hooks_and_arguments):
+        self.calls += 1
+        hooks, arguments = hooks_and_arguments[:3], hooks_and_arguments[3:]
+        scratch = "scratch" if self.global_scratch_size else None
+        rest = (packed, *hooks, scratch)
+        self.launch(x, y, z, stream, function, *rest, *(arguments if self.flat else ("types", arguments)))
+
+
+@pytest.mark.parametrize("scratch", [0, 8])
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_function_in_c_is_given_what_the_launcher_gives_it(compiled, flat, scratch):
+    launcher = compiled.run = Launcher(flat)
+    launcher.global_scratch_size = scratch
+    run = direct(compiled, WHAT)
+    assert not launcher.done, "nothing is launched ahead of time"
+    run("q")
+    (given,) = launcher.done
+    launcher(7, 1, 1, 1003, "function", "packed", None, None, None, "q", 1, 2)
+    assert given == launcher.done[1]
+    assert launcher.calls == (2 if scratch else 1), "what asks for scratch memory is left to Triton"
+
+
+def test_a_launcher_that_adds_to_the_arguments_is_called_itself(compiled):
+    class Adding(Launcher):
+        def __call__(self, *given):
+            super().__call__(*given, self.calls)
+
+    launcher = compiled.run = Adding(False)
+    run = direct(compiled, WHAT)
+    run("q")
+    run("q")
+    assert [given[-1] for given in launcher.done] == [("q", 1, 2, 0), ("q", 1, 2, 1)]
