@@ -6,7 +6,7 @@
 
 First a covering array, in which any three values of different axes meet, then random points of the whole grid
 until the time is used.  Most of it goes into compiling: every job is a process that compiles its own points,
-and points that share kernels go to one job.  ``--part i/n`` takes the i-th of n equal parts of both, so that
+on one of the GPUs, and points that share kernels go to one job.  ``--part i/n`` takes the i-th of n equal parts of both, so that
 the whole can be run in pieces.  A point that fails, hangs or takes its process down is a line in the result.
 """
 
@@ -93,6 +93,8 @@ def _line(error: Exception) -> str:
 def work(connection: Connection, stop: Any, device: str, seed: int) -> None:
     """A job: receives lists of points, sends the result of each, then None."""
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
             for text in connection.recv():

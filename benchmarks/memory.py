@@ -15,7 +15,7 @@ import torch
 import flashfuse.kernels.ops  # noqa: F401  (defines torch.ops.flashfuse)
 from flashfuse.bench import machine_line, peak_bytes
 
-LENGTHS = (8192, 16384, 32768, 65536)
+LENGTHS = (8192, 16384, 32768, 65536, 131072, 262144)
 
 
 def main() -> int:
