@@ -111,7 +111,10 @@ def choose(kernel: str, kind: Kind) -> Config:
     if kind.loads and bucket < 2:
         if capability != 9 or kind.loads == "tiles":
             return _TILE_LOADS[kernel]
-        return _DISTANCES[kernel] if kind.loads == "distances" and not bucket else _SCATTERED[kernel][bucket]
+        if kind.loads == "distances" and not bucket:
+            config = _DISTANCES[kernel]
+            return config._replace(stages=2) if kernel == "dkdv" and kind.dropout else config
+        return _SCATTERED[kernel][bucket]
     if capability == 9 and kind.plain and not kind.dropout:
         dense = _DENSE.get((kernel, (64, 128, 256)[bucket], kind.length >= _LONG))
         if dense is not None:
