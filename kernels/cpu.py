@@ -65,17 +65,23 @@ def forward(
     seed: Tensor | None,
     program: ScoreProgram,
     dropout_p: float,
+    highest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``out`` [B, H, Sq, Dv] laid out as [B, Sq, H, Dv], and ``lse`` [B, H, Sq]; see ``dispatch``."""
+    """``out`` [B, H, Sq, Dv] laid out as [B, Sq, H, Dv], and ``lse`` [B, H, Sq]; see ``dispatch``.
+
+    The fused kernel tells no maximum, so that ``highest`` is filled by ``cpu_blas``.
+    """
     if 0 in (*q.shape[:3], k.shape[2]):
+        if highest is not None:
+            highest.fill_(float("-inf"))
         lse = q.new_full(q.shape[:3], float("-inf"), dtype=_lse_dtype(q))
         return empty_bhsd(q, (*q.shape[:3], v.shape[-1])).zero_(), lse
-    if not dropout_p and _is_native(form_of(program)):
+    if not dropout_p and highest is None and _is_native(form_of(program)):
         site = _Native(q, k, v, captures, ints, program)
         every = list(site.tiles())
         if all(tile.is_empty or tile.columns >= _FEWEST_COLUMNS for tile in every):
             return _native_forward(site, every, q, k, v)
-    return cpu_blas.forward(q, k, v, captures, ints, seed, program, dropout_p)
+    return cpu_blas.forward(q, k, v, captures, ints, seed, program, dropout_p, highest)
 
 
 def backward(
@@ -92,6 +98,7 @@ def backward(
     program: ScoreProgram,
     dropout_p: float,
     capture_grads: Sequence[int],
+    dlse: Tensor | None = None,
 ) -> list[Tensor]:
     """``[dq, dk, dv, *gradients of captures[i] for i in capture_grads]``; see ``dispatch``."""
     if 0 in (*q.shape[:3], k.shape[2]):
@@ -102,7 +109,8 @@ def backward(
     # Other gradients of captures need every score.
     wanted = [program.captures[i] for i in capture_grads]
     of_sink_only = not differentiable_loads(program.score).intersection(wanted)
-    if of_sink_only and not (dropout_p or reached) and _is_native(form_of(program)):
+    of_out_only = of_sink_only and dlse is None
+    if of_out_only and not (dropout_p or reached) and _is_native(form_of(program)):
         site = _Native(q, k, v, captures, ints, program)
         every = list(site.tiles())
         # A sink takes a part of each row, so that roundings of out weigh more beside what is left.
@@ -111,7 +119,7 @@ def backward(
             return _native_backward(site, every, do, q, k, v, out, lse) + site.sink_gradients(
                 wanted, do, out, lse
             )
-    return cpu_blas.backward(do, q, k, v, captures, ints, seed, program, dropout_p, capture_grads)
+    return cpu_blas.backward(do, q, k, v, captures, ints, seed, program, dropout_p, capture_grads, dlse)
 
 
 def dropout_mask(seed: Tensor, dropout_p: float, sizes: Sizes) -> Tensor:

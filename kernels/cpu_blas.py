@@ -4,10 +4,10 @@ For rows I of one batch entry and the columns J they can reach, with c = 1 / (1 
 mask Z (FlashAttention, arXiv 2205.14135, section 3 and appendix B; recomputed, never saved):
 
     S = score(q_I k_Jᵀ)    P = softmax_J(S)    out_I = c (P ∘ Z) v_J
-    dP = Z ∘ c do_I v_Jᵀ   dS = P ∘ (dP - rowsum(P ∘ dP))
+    dP = Z ∘ c do_I v_Jᵀ   dS = P ∘ (dP - rowsum(P ∘ dP) + dlse_I)
     dq_I = score'(S) dS k_J    dk_J += (score'(S) dS)ᵀ q_I    dv_J += c (P ∘ Z)ᵀ do_I
 
-A sink is one more column of S, of whose weight nothing is made: d sink = −P_sink rowsum(P ∘ dP).
+A sink is one more column of S, of whose weight nothing is made: d sink = −P_sink (rowsum(P ∘ dP) − dlse).
 
 A tile holds whole rows, so the softmax is not split.  Query heads that share a key head are stacked
 as rows of one product.  float16 and bfloat16 are computed in float32.
@@ -162,43 +162,51 @@ class _Site:
         dead = highest == float("-inf")
         lse = highest - weights.amax(-1, keepdim=True).log_()
         if not dead.any():
-            return _Weights(tile, values, weights[0], lse[0], None)
+            return _Weights(tile, values, weights[0], lse[0], highest[0], None)
         if not self.keeps_dead_rows_zero and tile.columns < self.sizes[3]:
             return None
         averages = 1 / self.sizes[3] if self.program.dead_rows in AVERAGING else 0.0
         fill = float("nan") if self.program.dead_rows in NAN else averages
         weights.masked_fill_(dead, fill)
         lse.masked_fill_(dead, float("-inf"))
-        return _Weights(tile, values, weights[0], lse[0], dead[0])
+        return _Weights(tile, values, weights[0], lse[0], highest[0], dead[0])
 
 
 class _Weights:
-    """``weights`` [H, rows, columns] of ``tile``; ``lse`` and ``dead`` (if any is) [H, rows, 1].
+    """``weights`` [H, rows, columns] of ``tile``; ``lse``, ``highest`` and ``dead`` (if any is) [H, rows, 1].
 
     Under a sink ``all_weights`` has its weight as one more column.
     """
 
     def __init__(
-        self, tile: Tile, values: TileValues, weights: Tensor, lse: Tensor, dead: Tensor | None
+        self,
+        tile: Tile,
+        values: TileValues,
+        weights: Tensor,
+        lse: Tensor,
+        highest: Tensor,
+        dead: Tensor | None,
     ) -> None:
-        self.tile, self.values, self.lse, self.dead = tile, values, lse, dead
+        self.tile, self.values, self.lse, self.highest, self.dead = tile, values, lse, highest, dead
         self.all_weights, self.weights = weights, weights[..., : tile.columns]
 
     def score_gradient(
-        self, d_weights: Tensor, dtype: torch.dtype, balanced: bool
+        self, d_weights: Tensor, dlse: Tensor | None, dtype: torch.dtype, balanced: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """dS [H, rows, columns], and d sink [1, H, rows, 1] under a sink.
+        """dS [H, rows, columns], and d sink [1, H, rows, 1] under a sink; ``dlse`` [H, rows, 1].
 
-        Without a sink rows of dS add up to 0.  ``balanced`` takes off by weight what roundings leave: an
-        original that subtracts the maximum of its scores, and differentiates that, does no less.
+        Without a sink rows of dS add up to 0, but for dlse.  ``balanced`` takes off by weight what roundings
+        leave: an original that subtracts the maximum of its scores, and differentiates that, does no less.
         """
-        if self.weights.shape != self.all_weights.shape:
-            both = torch._softmax_backward_data(F.pad(d_weights, (0, 1)), self.all_weights, -1, dtype)
-            return both[..., :-1], both[None, ..., -1:]
-        d_score = torch._softmax_backward_data(d_weights, self.weights, -1, dtype)
-        if balanced:
+        has_sink = self.weights.shape != self.all_weights.shape
+        d_weights = F.pad(d_weights, (0, 1)) if has_sink else d_weights
+        d_score = torch._softmax_backward_data(d_weights, self.all_weights, -1, dtype)
+        if balanced and not has_sink:
             d_score.addcmul_(self.weights, d_score.sum(-1, keepdim=True), value=-1)
-        return d_score, None
+        if dlse is not None:
+            of_lse = self.all_weights * dlse
+            d_score += of_lse if self.dead is None else of_lse.masked_fill(self.dead, 0)
+        return (d_score[..., :-1], d_score[None, ..., -1:]) if has_sink else (d_score, None)
 
 
 def allowed_of(values: TileValues, tile: Tile) -> Tensor | None:
@@ -231,6 +239,7 @@ def forward(
     seed: Tensor | None,
     program: ScoreProgram,
     dropout_p: float,
+    highest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     site = _Site(q, k, captures, ints, seed, program, dropout_p)
     out = empty_bhsd(q, (*q.shape[:3], v.shape[-1]))
@@ -240,10 +249,12 @@ def forward(
         tile = todo.popleft()
         if tile.is_empty and site.keeps_dead_rows_zero:
             tile.rows_of(out).zero_()
-            tile.rows_of(lse).fill_(float("-inf"))
+            of_no_key: Tensor | float = float("-inf")
             if site.form.sink is not None:
-                logit = site.values(tile).tensor(site.form.sink).to(site.dtype)
-                tile.rows_of(lse).copy_(logit[..., 0])
+                of_no_key = site.values(tile).tensor(site.form.sink).to(site.dtype)[..., 0]
+            for rows in (lse, highest):
+                if rows is not None:
+                    tile.rows_of(rows).copy_(torch.as_tensor(of_no_key))
             continue
         w, kv_heads = None, tile.kv_heads(site.group)
         if not tile.is_empty:
@@ -263,6 +274,8 @@ def forward(
             rows_out.mul_(site.dropout.scale)
         tile.rows_of(out).copy_(rows_out.view(1, tile.h1 - tile.h0, -1, v.shape[-1]))
         tile.rows_of(lse).copy_(w.lse[None, ..., 0])
+        if highest is not None:
+            tile.rows_of(highest).copy_(w.highest[None, ..., 0])
     return out, lse
 
 
@@ -282,6 +295,7 @@ def backward(
     program: ScoreProgram,
     dropout_p: float,
     capture_grads: Sequence[int],
+    dlse: Tensor | None = None,
 ) -> list[Tensor]:
     site = _Site(q, k, captures, ints, seed, program, dropout_p)
     form = site.form
@@ -323,7 +337,9 @@ def backward(
             if bits is not None:
                 _drop(d_weights, bits)
             # Beside what dropout does to a row its rounding is nothing.
-            d_score, d_sink = w.score_gradient(d_weights, site.dtype, balanced=site.dropout is None)
+            dlse_rows = None if dlse is None else tile.rows_of(dlse)[0, ..., None]
+            balanced = site.dropout is None
+            d_score, d_sink = w.score_gradient(d_weights, dlse_rows, site.dtype, balanced)
             if w.dead is not None and program.dead_rows not in REACHING:
                 d_score.masked_fill_(w.dead, 0)
             if d_sink is not None and w.dead is not None:

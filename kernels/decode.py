@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.device_math import LN2, LOG2E, sink_of_rows
-from flashfuse.kernels.forward import attend, load_rows, tile_start
+from flashfuse.kernels.forward import attend, load_rows, row_maximum, tile_start
 
 MAX_QUERIES = 16
 """Longer sites have enough tiles of queries, or enough work in each."""
@@ -153,11 +153,11 @@ def decode_split(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def decode_combine(  # type: ignore[no-untyped-def]
-    Parts, V, Out, Lse, ptrs, nums, svb, svh, svs, sob, soh, sos, H, GROUP, Sq, Skv, splits,
+    Parts, V, Out, Lse, Max, ptrs, nums, svb, svh, svs, sob, soh, sos, H, GROUP, Sq, Skv, splits,
     SINK: tl.constexpr, BASE_2: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, DEAD: tl.constexpr,
     SPLITS_PAD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row (b, h, q).  BASE_2: m is in units of log 2."""
+    """One program per row (b, h, q).  BASE_2: m is in units of log 2.  Max may be None."""
     index = tl.program_id(0)
     q = index % Sq
     h = index // Sq % H
@@ -186,6 +186,9 @@ def decode_combine(  # type: ignore[no-untyped-def]
         seen = (l_few != 0.0)[:, None] & (d < DV)[None, :]
         part = tl.load(at[:, None] + d[None, :], mask=seen, other=0.0)  # [CHUNK, DV_PAD]
         acc += tl.sum(part * tl.exp2((m_few - used) * UNIT)[:, None], 0)
+
+    if Max is not None:
+        tl.store(Max + index.to(tl.int64), row_maximum(top, total, BASE_2))
 
     # Not top = −inf: a row of NaN scores is not dead.
     dead = total == 0.0

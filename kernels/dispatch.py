@@ -28,9 +28,10 @@ class Implementation(Protocol):
     """A module that runs sites.
 
     Arrays are those of ``attention_reference``; ``maps`` is empty or ``[kv_map, q_map]`` as
-    ``block_map.build`` returns them.  ``forward`` returns ``(out, lse)``; ``backward`` returns
-    ``[dq, dk, dv, *gradients of the captures listed in capture_grads]``.  ``dropout_mask`` is the
-    keep mask [B, H, Sq, Skv] that a given seed draws, for checks.
+    ``block_map.build`` returns them.  ``forward`` returns ``(out, lse)``, and fills ``highest``, an array
+    like lse, with the largest score of each row where it is given.  ``backward`` returns ``[dq, dk, dv,
+    *gradients of the captures listed in capture_grads]``; without ``dlse`` nothing depends on lse.
+    ``dropout_mask`` is the keep mask [B, H, Sq, Skv] that a given seed draws, for checks.
     """
 
     def forward(
@@ -44,6 +45,7 @@ class Implementation(Protocol):
         seed: Tensor | None,
         program: ScoreProgram,
         dropout_p: float,
+        highest: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
@@ -61,6 +63,7 @@ class Implementation(Protocol):
         program: ScoreProgram,
         dropout_p: float,
         capture_grads: Sequence[int],
+        dlse: Tensor | None = None,
     ) -> list[Tensor]: ...
 
     def dropout_mask(self, seed: Tensor, dropout_p: float, sizes: tuple[int, int, int, int]) -> Tensor: ...

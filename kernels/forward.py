@@ -4,11 +4,11 @@ For one tile of BM query rows, over tiles of BN keys, with x = score(q·k, …) 
 
     m' = max(m, rowmax x)       p = 2^(x − m')       alpha = 2^(m − m')
     l  = alpha l + rowsum p     acc = alpha acc + drop(p) v
-    out = acc / l               lse = ln 2 · m + ln l
+    out = acc / l               lse = ln 2 · m + ln l       max = ln 2 · m
 
 A sink is one more x of the row, after the last tile, with which no v comes.
 
-    q [B, H, Sq, D]   k [B, H_kv, Skv, D]   v [B, H_kv, Skv, DV]   out [B, H, Sq, DV]   lse [B, H, Sq]
+    q [B, H, Sq, D]   k [B, H_kv, Skv, D]   v [B, H_kv, Skv, DV]   out [B, H, Sq, DV]   lse max [B, H, Sq]
 
 Strides along b, h and s come in units of 8 elements, which tells the compiler that rows are
 aligned; the innermost stride is 1.  ``Map`` is the kv_map of ``block_map``: partial blocks run the
@@ -146,9 +146,18 @@ def attend(  # type: ignore[no-untyped-def]
     return acc, l, m_new
 
 
+@triton.jit
+def row_maximum(m, l, BASE_2: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest score of rows, whose running maximum m leaves NaN out: their sum l does not."""
+    m = tl.where((l != l) & (m < float("inf")), float("nan"), m)
+    if BASE_2:
+        m = m * LN2
+    return m
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward(  # type: ignore[no-untyped-def]
-    Q, K, V, Out, Lse, Map, Seed, DeadMean, Ends, ptrs, nums,
+    Q, K, V, Out, Lse, Max, Map, Seed, DeadMean, Ends, ptrs, nums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sob, soh, sos,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, ENDS: tl.constexpr,
@@ -159,7 +168,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program per (b, h, tile of BM rows).  SCALE is log2(e)·c where the score is s·c, else None.
 
-    DeadMean is the mean of v over kv, [B, H_kv, DV] float32, for DEAD_MEAN.
+    DeadMean is the mean of v over kv, [B, H_kv, DV] float32, for DEAD_MEAN.  Max may be None.
     """
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
@@ -290,7 +299,10 @@ def attention_forward(  # type: ignore[no-untyped-def]
         lse = m + tl.log2(l_used) * LN2
     lse = tl.where(dead, float("-inf"), lse)
     in_range = local < Sq - first
-    tl.store(Lse + bh.to(tl.int64) * Sq + first + local, lse, mask=in_range)
+    rows = bh.to(tl.int64) * Sq + first + local
+    tl.store(Lse + rows, lse, mask=in_range)
+    if Max is not None:
+        tl.store(Max + rows, row_maximum(m, l, SCALE is not None or FOLDED), mask=in_range)
     o_base = Out + b64 * sob + h64 * soh + first.to(tl.int64) * 8 * sos
     o_ptrs = o_base + local[:, None] * (sos * 8) + d[None, :]
     tl.store(o_ptrs, acc.to(Out.dtype.element_ty), mask=in_range[:, None] & (d < DV)[None, :])

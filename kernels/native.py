@@ -159,16 +159,17 @@ def forward(
     seed: Tensor | None,
     program: ScoreProgram,
     dropout_p: float,
+    highest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, Sq, D], lse [B, H, Sq] float32, natural logarithm)."""
+    """(out [B, H, Sq, D], lse [B, H, Sq] float32, natural logarithm); ours where the maximum is asked for."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, plain: _Plain) -> tuple[Tensor, Tensor]:
         out, lse = _FORWARD(q, k, v, None, True, 0.0, plain.causal, False, scale=plain.scale)[:2]
         return _dense(out), lse.squeeze(-1)
 
-    done = _run("forward", run, q, k, v, program, dropout_p)
+    done = None if highest is not None else _run("forward", run, q, k, v, program, dropout_p)
     if done is None:
-        done = _ours().forward(q, k, v, captures, ints, maps, seed, program, dropout_p)
+        done = _ours().forward(q, k, v, captures, ints, maps, seed, program, dropout_p, highest)
     return done
 
 
@@ -186,8 +187,9 @@ def backward(
     program: ScoreProgram,
     dropout_p: float,
     capture_grads: Sequence[int],
+    dlse: Tensor | None = None,
 ) -> list[Tensor]:
-    """[dq, dk, dv]."""
+    """[dq, dk, dv]; ours where there is a gradient of lse, of which cuDNN's backward knows nothing."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, plain: _Plain) -> list[Tensor]:
         # PyTorch may keep cuDNN's plans by the strides of q, k and v alone, though a plan holds those of out
@@ -202,9 +204,9 @@ def backward(
         )
         return [_dense(t) for t in grads]
 
-    done = _run("backward", run, q, k, v, program, dropout_p)
+    done = None if dlse is not None else _run("backward", run, q, k, v, program, dropout_p)
     if done is None:
-        arguments = (captures, ints, maps, seed, program, dropout_p, capture_grads)
+        arguments = (captures, ints, maps, seed, program, dropout_p, capture_grads, dlse)
         done = _ours().backward(do, q, k, v, out, lse, *arguments)
     return done
 

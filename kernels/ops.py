@@ -2,8 +2,9 @@
 
 ``flashfuse::attention(q, k, v, captures, ints, maps, seed, program, dropout_p, variant) -> (out, lse)``
 is one differentiable operator; its program is a readable string, so a graph that holds it can be
-printed, cached, exported and compiled without any registry.  ``flashfuse::block_map`` says once for
-all layers that share a mask which blocks are empty, partial or full.  ``flashfuse::attention_weights``
+printed, cached, exported and compiled without any registry.  ``flashfuse::attention_and_max`` returns the
+largest score of each row as well, which has no gradient.  ``flashfuse::block_map`` says once for all
+layers that share a mask which blocks are empty, partial or full.  ``flashfuse::attention_weights``
 computes the weights of a site, where the model returns them.
 
 Importing this module defines the operators and nothing else.
@@ -32,9 +33,14 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
+    "attention_and_max(Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] ints, Tensor[] maps, "
+    "Tensor? seed, str program, float dropout_p, str variant) -> (Tensor out, Tensor lse, Tensor max_scores)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] captures, "
     "SymInt[] ints, Tensor[] maps, Tensor? seed, str program, float dropout_p, str variant, "
-    "int[] capture_grads) -> Tensor[]",
+    "int[] capture_grads, Tensor? dlse=None) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -70,6 +76,28 @@ def _attention(
     return run(q, k, v, captures, ints, maps, seed, ScoreProgram.parse(program), dropout_p)
 
 
+def _attention_and_max(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    maps: Sequence[Tensor],
+    seed: Tensor | None,
+    program: str,
+    dropout_p: float,
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = dispatch.implementation(variant).forward
+    highest = q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    parsed = ScoreProgram.parse(program)
+    return *run(q, k, v, captures, ints, maps, seed, parsed, dropout_p, highest), highest
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 def _attention_backward(
     do: Tensor,
     q: Tensor,
@@ -85,6 +113,7 @@ def _attention_backward(
     dropout_p: float,
     variant: str,
     capture_grads: Sequence[int],
+    dlse: Tensor | None = None,
 ) -> list[Tensor]:
     run = dispatch.implementation(variant).backward
     return run(
@@ -101,6 +130,7 @@ def _attention_backward(
         ScoreProgram.parse(program),
         dropout_p,
         capture_grads,
+        dlse,
     )
 
 
@@ -156,6 +186,7 @@ def _block_map(
 
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("attention", _attention, _key)
+    _LIBRARY.impl("attention_and_max", _attention_and_max, _key)
     _LIBRARY.impl("attention_backward", _attention_backward, _key)
     _LIBRARY.impl("attention_weights", _weights, _key)
     _LIBRARY.impl("attention_weights_backward", _weights_backward, _key)
@@ -175,13 +206,21 @@ def empty_bhsd(like: Tensor, sizes: Sequence[Any]) -> Tensor:
 def _(q, k, v, captures, ints, maps, seed, program, dropout_p, variant):  # type: ignore[no-untyped-def]
     ScoreProgram.parse(program)
     batch, heads, q_len, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = empty_bhsd(q, (batch, heads, q_len, v.shape[-1]))
-    return out, q.new_empty((batch, heads, q_len), dtype=lse_dtype)
+    return out, q.new_empty((batch, heads, q_len), dtype=_lse_dtype(q))
+
+
+@torch.library.register_fake("flashfuse::attention_and_max")
+def _(q, k, v, captures, ints, maps, seed, program, dropout_p, variant):  # type: ignore[no-untyped-def]
+    ScoreProgram.parse(program)
+    out = empty_bhsd(q, (*q.shape[:3], v.shape[-1]))
+    return out, *(q.new_empty(q.shape[:3], dtype=_lse_dtype(q)) for _ in range(2))
 
 
 @torch.library.register_fake("flashfuse::attention_backward")
-def _(do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, capture_grads):  # type: ignore[no-untyped-def]
+def _(
+    do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, capture_grads, dlse=None
+):  # type: ignore[no-untyped-def]
     return [
         *(empty_bhsd(t, t.shape) for t in (q, k, v)),
         *(captures[i].new_empty(captures[i].shape) for i in capture_grads),
@@ -219,33 +258,37 @@ _WEIGHTS_BACKWARD = torch.ops.flashfuse.attention_weights_backward.default
 
 
 class FlashfuseAttention(torch.autograd.Function):
-    """``flashfuse::attention`` as ``autograd.register`` calls it: gradients for q, k, v and the captures."""
+    """``flashfuse::attention`` as ``autograd.register`` calls it: gradients for q, k, v and the captures.
+
+    Those of out and of lse; ``flashfuse::attention_and_max`` has the same.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, run: autograd.Run, plain: bool, args: tuple[Any, ...], *_: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = run(args)
+    ) -> tuple[Tensor, ...]:
+        out, lse, *highest = run(args)
         q, k, v, captures, ints, maps, seed, program, dropout_p, variant = args
         ctx.save_for_backward(q, k, v, out, lse, seed, *captures, *maps)
         ctx.site = plain, len(captures), ints, program, dropout_p, variant
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        if highest:
+            ctx.mark_non_differentiable(*highest)
+        return out, lse, *highest
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dlse is not None:
-            raise RuntimeError("flashfuse::attention: lse is not differentiable; use out")
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         plain, count, ints, program, dropout_p, variant = ctx.site
-        if do is None:
+        if do is None and dlse is None:
             return (None,) * (6 + count)
         q, k, v, out, lse, seed, *rest = saved = ctx.saved_tensors
+        do = torch.zeros_like(out) if do is None else do
         captures, maps = rest[:count], rest[count:]
         wanted = _wanted(program, ctx.needs_input_grad[6:])
         dq, dk, dv, *dcaptures = _ATTENTION_BACKWARD(
-            *(plain, saved),
-            *(do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, wanted),
+            # What dlse is like nobody has looked at.
+            *(plain and dlse is None, saved),
+            *(do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, wanted, dlse),
         )
         return None, None, None, dq, dk, dv, *_placed(dcaptures, wanted, count)
 
@@ -293,6 +336,7 @@ def _placed(grads: Sequence[Tensor], at: Sequence[int], count: int) -> list[Tens
 
 for _name, _kernel, _leading, _function in (
     ("attention", _attention, 3, FlashfuseAttention),
+    ("attention_and_max", _attention_and_max, 3, FlashfuseAttention),
     ("attention_backward", _attention_backward, 6, autograd.NoSecondDerivative),
     ("attention_weights", _weights, 2, FlashfuseWeights),
     ("attention_weights_backward", _weights_backward, 3, autograd.NoSecondDerivative),
@@ -300,9 +344,9 @@ for _name, _kernel, _leading, _function in (
     autograd.register(_LIBRARY, _name, _kernel, _leading, _function)
 
 
-def _autocast(device_type: str, key: DispatchKey) -> Any:
+def _autocast(op: Any, device_type: str, key: DispatchKey) -> Any:
     """Under autocast the original's two matmuls run in the autocast dtype; so do ours."""
-    op, autocast = torch.ops.flashfuse.attention.default, DispatchKeySet(key)
+    autocast = DispatchKeySet(key)
 
     def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
@@ -316,4 +360,5 @@ def _autocast(device_type: str, key: DispatchKey) -> Any:
 
 
 for _device, _autocast_key in (("cuda", DispatchKey.AutocastCUDA), ("cpu", DispatchKey.AutocastCPU)):
-    _LIBRARY.impl("attention", _autocast(_device, _autocast_key), _autocast_key.name)
+    for _op in (torch.ops.flashfuse.attention, torch.ops.flashfuse.attention_and_max):
+        _LIBRARY.impl(_op.__name__, _autocast(_op.default, _device, _autocast_key), _autocast_key.name)

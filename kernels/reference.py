@@ -169,33 +169,21 @@ def attention_reference(
         keep: [B, H, Sq, Skv], True where dropout keeps a weight; required when ``dropout_p`` > 0.
 
     Returns:
-        out [B, H, Sq, Dv], and lse [B, H, Sq] (natural log, the sink's term included; −inf in dead rows).
+        out [B, H, Sq, Dv], and lse [B, H, Sq] (natural log, the sink's term included; −inf in dead rows,
+        from which no gradient comes).
     """
-    batch, heads, q_len, _ = q.shape
-    group = heads // k.shape[1]
-    kv_len = k.shape[2]
-    products = q @ k.repeat_interleave(group, 1).transpose(-1, -2)
+    group, kv_len = q.shape[1] // k.shape[1], k.shape[2]
     captures = [c.to(q.dtype) if c.is_floating_point() else c for c in captures]
-    env = environment(program, captures, ints, (batch, heads, q_len, kv_len), q.device)
-    env["s"] = products
-    scores = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype, device=q.device).expand(
-        products.shape
-    )
-    raw = scores
-    if program.mask is not None:
-        allowed = _truth(torch.as_tensor(evaluate(program.mask, env), device=q.device)).expand(scores.shape)
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    if program.sink is not None:
-        sink = torch.as_tensor(evaluate(program.sink, env), dtype=q.dtype, device=q.device)
-        scores = torch.cat([scores, sink.expand(batch, heads, q_len, 1)], -1)
-    lse = scores.logsumexp(-1)
-    dead = (lse == float("-inf"))[..., None]
+    raw, scores, env = _scores(q, k, captures, ints, program)
+    dead = (scores == float("-inf")).all(-1, keepdim=True)
+    alive = scores.masked_fill(dead, 0)
+    lse = alive.logsumexp(-1).masked_fill(dead[..., 0], float("-inf"))
     # Not exp(scores - lse): where every score is −3.4e38, lse has no room for the log of the sum.
-    weights = scores.masked_fill(dead, 0).softmax(-1)[..., :kv_len]
+    weights = alive.softmax(-1)[..., :kv_len]
     if program.dead_rows in REACHING:
         if program.dead_rows in SCORES_ONLY:
             env.update((name, c.detach()) for name, c in zip(program.captures, captures, strict=True))
-            raw = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype).expand(products.shape)
+            raw = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype).expand(raw.shape)
         # Equal scores whose gradients are those of the scores.
         equal = torch.where(dead, raw - raw.detach(), 0)
         of_dead_rows = equal.softmax(-1) * (float("nan") if program.dead_rows in NAN else 1.0)
@@ -208,3 +196,33 @@ def attention_reference(
         # A product, as PyTorch's dropout: a NaN that is dropped stays one.
         weights = weights / (1 - dropout_p) * keep
     return weights @ v.repeat_interleave(group, 1), lse
+
+
+def max_reference(
+    q: Tensor, k: Tensor, captures: Sequence[Tensor], ints: Sequence[int], program: ScoreProgram
+) -> Tensor:
+    """[B, H, Sq]: the largest score of each row, the sink among them; −inf in dead rows."""
+    captures = [c.to(q.dtype) if c.is_floating_point() else c for c in captures]
+    return _scores(q, k, captures, ints, program)[1].amax(-1)
+
+
+def _scores(
+    q: Tensor, k: Tensor, captures: Sequence[Tensor], ints: Sequence[int], program: ScoreProgram
+) -> tuple[Tensor, Tensor, dict[str, Value]]:
+    """Scores [B, H, Sq, Skv] without the mask, those that are normalised, and what they were made from.
+
+    The latter have −inf where the mask allows nothing, and the sink as one more column.
+    """
+    batch, heads, q_len, _ = q.shape
+    products = q @ k.repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
+    env = environment(program, captures, ints, (batch, heads, q_len, k.shape[2]), q.device)
+    env["s"] = products
+    raw = torch.as_tensor(evaluate(program.score, env), dtype=q.dtype, device=q.device).expand(products.shape)
+    scores = raw
+    if program.mask is not None:
+        allowed = _truth(torch.as_tensor(evaluate(program.mask, env), device=q.device)).expand(scores.shape)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if program.sink is not None:
+        sink = torch.as_tensor(evaluate(program.sink, env), dtype=q.dtype, device=q.device)
+        scores = torch.cat([scores, sink.expand(batch, heads, q_len, 1)], -1)
+    return raw, scores, env

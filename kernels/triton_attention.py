@@ -38,10 +38,12 @@ def forward(
     seed: Tensor | None,
     program: ScoreProgram,
     dropout_p: float,
+    highest: Tensor | None = None,
     tune: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, H, Sq, Dv], lse [B, H, Sq] float32 natural log, −inf in dead rows).
 
+    ``highest``, like lse, is filled with the largest score of each row.
     ``tune``: tiles are timed at the first call (``autotune``).
 
     Raises:
@@ -52,6 +54,8 @@ def forward(
     out = q.new_empty_strided(*site.layouts[3])
     lse = q.new_empty_strided(*site.layout_of_rows, dtype=torch.float32)
     if site.is_empty:
+        if highest is not None:
+            highest.fill_(float("-inf"))
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
     # Without a map the kernel for few queries visits every key.
@@ -59,18 +63,22 @@ def forward(
     kv_map = None if every_key else site.maps(maps, captures, ints, q.device)[0]
     ptrs = tuple(captures)
     aligned = is_aligned(q, k, v, *ptrs)
+    # Launches are kept by name, for the same arguments but for other tensors.
+    with_max = "" if highest is None else " with maximum"
     if site.splits:
         parts = lse.new_empty((lse.numel() * site.splits, site.v_dim + 8))
         with on_device(q.device):
             make = functools.partial(site.make_split, kv_map)
             site.launches.run("split", aligned, make, q, k, v, parts, kv_map, ptrs)
-            site.launches.run("combine", aligned, site.make_combine, parts, v, out, lse, ptrs)
+            tensors = (parts, v, out, lse, highest, ptrs)
+            site.launches.run(f"combine{with_max}", aligned, site.make_combine, *tensors)
         return out, lse
     mean = v.mean(2, dtype=torch.float32).contiguous() if site.averages and not site.dropout else None
     with on_device(q.device):
         ends = site.ends(captures, aligned)
         make = functools.partial(site.make_forward, kv_map)
-        site.launches.run("forward", aligned, make, q, k, v, out, lse, kv_map, seed, mean, ends, ptrs)
+        tensors = (q, k, v, out, lse, highest, kv_map, seed, mean, ends, ptrs)
+        site.launches.run(f"forward{with_max}", aligned, make, *tensors)
         if site.averages and site.dropout:
             site.launches.run("dead_rows", aligned, site.make_dead_rows, v, out, lse, seed)
     return out, lse
@@ -90,14 +98,19 @@ def backward(
     program: ScoreProgram,
     dropout_p: float,
     capture_grads: Sequence[int],
+    dlse: Tensor | None = None,
     tune: bool = False,
 ) -> list[Tensor]:
-    """[dq, dk, dv, *gradients of the captures listed in ``capture_grads``]."""
+    """[dq, dk, dv, *gradients of the captures listed in ``capture_grads``].
+
+    The derivative of lse by a score is its weight, so dS = P ∘ (dP − (delta − dlse)), of the sink as well.
+    """
     wanted = tuple(capture_grads)
     if do.dtype != q.dtype:
         do = do.to(q.dtype)
     tune = tune and _may_tune(q.device)
-    site = _site(q, k, v, captures, ints, seed, program, dropout_p, do, out, wanted, tune)
+    with_dlse = dlse is not None
+    site = _site(q, k, v, captures, ints, seed, program, dropout_p, do, out, wanted, with_dlse, tune)
     of_q, of_k, of_v = site.layouts[:3]
     dq, dk, dv = q.new_empty_strided(*of_q), q.new_empty_strided(*of_k), q.new_empty_strided(*of_v)
     if site.is_empty:
@@ -115,6 +128,8 @@ def backward(
         run("prepare", aligned, site.make_prepare, out, do, lse, stats)
         if not code.folded or site.sums_rows_exactly:
             run("rows", aligned, site.make_rows, q, k, v, do, stats, seed, ptrs)
+        if dlse is not None:
+            stats[..., 1] -= torch.where(lse == float("-inf"), 0.0, dlse)
         ends = site.ends(captures, aligned)
         extra_k, extra_v = site.dead_gradients(do, lse, aligned, q, k, v, stats, seed, ptrs)
         make = functools.partial(site.make_dkdv, dk, dv, extra_k, extra_v, q_map)
@@ -177,12 +192,14 @@ def _site(
     do: Tensor | None = None,
     out: Tensor | None = None,
     wanted: tuple[int, ...] = (),
+    with_dlse: bool = False,
     tune: bool = False,
 ) -> _Site:
     """The site with these sizes and strides; a backward has its own."""
     precision = torch.get_float32_matmul_precision() if q.dtype == torch.float32 else ""
     key = (
-        *(program, dropout_p, q.device, q.dtype, k.dtype, v.dtype, seed is None, precision, wanted, tune),
+        *(program, dropout_p, q.device, q.dtype, k.dtype, v.dtype, seed is None, precision, wanted),
+        *(with_dlse, tune),
         *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()),
         tuple((c.shape, c.stride(), c.dtype) for c in captures),
         tuple(ints),
@@ -194,7 +211,7 @@ def _site(
             _SITES.clear()
         _check(q, k, v, seed, dropout_p)
         tensors = [q, k, v] if do is None or out is None else [q, k, v, do, out]
-        site = _SITES[key] = _Site(tensors, captures, ints, program, dropout_p, wanted, tune)
+        site = _SITES[key] = _Site(tensors, captures, ints, program, dropout_p, wanted, with_dlse, tune)
     return site
 
 
@@ -213,9 +230,11 @@ class _Site:
         program: ScoreProgram,
         dropout_p: float,
         wanted: tuple[int, ...],
+        with_dlse: bool,
         tune: bool,
     ) -> None:
         q, k, v = tensors[:3]
+        self.with_dlse = with_dlse
         self.device = q.device
         self.batch, self.heads, self.q_len, self.dim = q.shape
         self.kv_heads, self.kv_len, self.v_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -566,7 +585,7 @@ class _Site:
     @property
     def _is_constant(self) -> bool:
         # The weight of a single key is the constant 1: rounding must not make a gradient of it.
-        return self.kv_len == 1 and self.program.sink is None
+        return self.kv_len == 1 and self.program.sink is None and not self.with_dlse
 
     @property
     def _dscale(self) -> float:

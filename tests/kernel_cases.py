@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashfuse.kernels import block_map
-from flashfuse.kernels.reference import attention_reference
+from flashfuse.kernels.reference import attention_reference, max_reference
 from flashfuse.kernels.spec import NAN, ScoreProgram
 from flashfuse.numbers import compare
 from flashfuse.report import CheckItem
@@ -31,10 +31,13 @@ class Case:
     dropout_p: float = 0.0
     dtype: torch.dtype = torch.float32
     layout: str = "bshd"
+    aux: bool = False
+    """The row maximum is asked for too, and lse has a gradient."""
 
     def __str__(self) -> str:
         sizes = "x".join(map(str, (*self.sizes, self.kv_heads, *self.dims)))
-        return f"{self.program}|{sizes}|{str(self.dtype)[6:]}|p{self.dropout_p}"
+        aux = "|aux" if self.aux else ""
+        return f"{self.program}|{sizes}|{str(self.dtype)[6:]}|p{self.dropout_p}{aux}"
 
 
 def left_pad(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
@@ -170,8 +173,17 @@ def _results(
     """Name, ours, the original's and the exact value of each output and gradient."""
     (q, k, v, do), site, keep = site_of(implementation, case, device, seed)
     captures, program = site[0], site[4]
-    out, lse = implementation.forward(q, k, v, *site)
-    grads = [] if forward_only else implementation.backward(do, q, k, v, out, lse, *site, case.grads)
+    extra: tuple[Tensor, ...] = ()
+    dlse = None
+    if case.aux:
+        extra = (torch.full(q.shape[:3], torch.nan, device=device, dtype=_dtype_of_rows(q)),)
+        dlse = torch.randn(extra[0].shape, device=device).to(extra[0].dtype)
+    out, lse = implementation.forward(q, k, v, *site, *extra)
+    grads = []
+    if not forward_only:
+        grads = implementation.backward(
+            do, q, k, v, out, lse, *site, case.grads, *(() if dlse is None else (dlse,))
+        )
 
     def reference(dtype: torch.dtype) -> list[Tensor]:
         inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
@@ -180,24 +192,35 @@ def _results(
         for i, t in zip(case.grads, wanted, strict=True):
             given[i] = t
         expected, logs = attention_reference(*inputs, given, case.ints, program, case.dropout_p, keep)
+        outputs = [expected.detach(), logs.detach()]
+        if case.aux:
+            outputs.append(max_reference(*inputs[:2], given, case.ints, program).detach())
         if forward_only:
-            return [expected.detach(), logs.detach()]
-        slopes = torch.autograd.grad(expected, [*inputs, *wanted], do.to(dtype), allow_unused=True)
+            return outputs
+        roots, slopes_of = [expected], [do.to(dtype)]
+        if dlse is not None:
+            roots, slopes_of = [expected, logs], [do.to(dtype), dlse.to(logs.dtype)]
+        slopes = torch.autograd.grad(roots, [*inputs, *wanted], slopes_of, allow_unused=True)
         filled = [
             torch.zeros_like(t) if g is None else g for t, g in zip([*inputs, *wanted], slopes, strict=True)
         ]
-        return [expected.detach(), logs.detach(), *filled]
+        return [*outputs, *filled]
 
     # PyTorch's product of bfloat16 on some CPUs has NaN in rows beside the one that has it.
     exact_rows = device != "cpu" or program.dead_rows not in NAN
     with torch.backends.mkldnn.flags(enabled=exact_rows, allow_tf32=None):
         exact, original = reference(torch.float64), reference(case.dtype)
-    names = ["out", "lse", "dq", "dk", "dv", *(f"d{program.captures[i]}" for i in case.grads)]
-    results = [out, lse, *grads]
+    aux = ["max"] if case.aux else []
+    names = ["out", "lse", *aux, "dq", "dk", "dv", *(f"d{program.captures[i]}" for i in case.grads)]
+    results = [out, lse, *extra, *grads]
     return [
         (name, ours, o.to(ours.dtype), e)
         for name, ours, e, o in zip(names[: len(results)], results, exact, original, strict=True)
     ]
+
+
+def _dtype_of_rows(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _tensor(shape: tuple[int, ...], case: Case, device: str) -> Tensor:

@@ -1,5 +1,6 @@
 """The operators between autograd and their kernels: what saves, watches, traces or transforms a call."""
 
+import functools
 import gc
 import io
 import weakref
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import flashfuse.kernels.ops  # noqa: F401  (defines torch.ops.flashfuse)
+from flashfuse.kernels.reference import attention_reference
+from flashfuse.kernels.spec import ScoreProgram
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,12 +126,40 @@ def test_transforms_are_refused(run):
         torch.vmap(lambda q: run(q, *rest))(q[None])
 
 
-def test_lse_has_no_gradient():
-    q, k, v, _ = inputs()
-    out, lse = torch.ops.flashfuse.attention(q, k, v, [], [], [], None, "s", 0.0, "cpu")
-    assert out.requires_grad and not lse.requires_grad
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        lse.sum().backward()
+@pytest.mark.parametrize("roots", [(1,), (0, 1)])
+def test_lse_has_a_gradient_and_the_maximum_none(roots):
+    def run(op, *leaves):
+        return op(*leaves[:3], [leaves[3], PAD], [1], [], None, TABLE, 0.0, "cpu")
+
+    def reference(q, k, v, bias):
+        out, lse = attention_reference(q, k, v, [bias, PAD], [1], ScoreProgram.parse(TABLE))
+        return out, lse
+
+    def slopes(run, dtype=torch.float32):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs()]
+        outputs = [run(*leaves)[i] for i in roots]
+        given = [torch.linspace(-1, 1, t.numel(), dtype=dtype).view(t.shape) for t in outputs]
+        return torch.autograd.grad(outputs, leaves, given, allow_unused=True, materialize_grads=True)
+
+    original, exact = slopes(reference), slopes(reference, torch.float64)
+    for op in (torch.ops.flashfuse.attention, torch.ops.flashfuse.attention_and_max):
+        for ours, *rest in zip(slopes(functools.partial(run, op)), original, exact, strict=True):
+            assert_equal_under_rule(ours, *rest)
+    out, lse, highest = run(op, *inputs())
+    assert out.requires_grad and lse.requires_grad and not highest.requires_grad
+    assert torch.equal(lse, run(torch.ops.flashfuse.attention, *inputs())[1])
+    with torch.no_grad():
+        assert torch.equal(highest, run(op, *inputs())[2])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_maximum_is_an_operator_like_others(wanted):
+    q, k, v, bias = inputs(wanted)
+    args = (q, k, v, [bias, PAD], [1], [], SEED, TABLE, 0.25, "cpu")
+    torch.library.opcheck(torch.ops.flashfuse.attention_and_max, args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse, highest = torch.ops.flashfuse.attention_and_max(*args)
+    assert (out.dtype, lse.dtype, highest.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
 def test_gradients_that_nobody_asks_for():

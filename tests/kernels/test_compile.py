@@ -30,6 +30,7 @@ SITES = {
     "bias 64": {"text": "s*0.125 + bias[0, h, q, kv]", "captures": [(1, 4, 300, 300)], "length": 300},
     "sinks 64": {"text": f"{CAUSAL} sink sinks[h]", "captures": [(4,)]},
     "sinks 128": {"text": f"{CAUSAL} sink sinks[h]", "captures": [(4,)], "dim": 128},
+    "maximum 128": {"text": CAUSAL, "dim": 128, "aux": True},
     "float32 64": {"text": CAUSAL, "dtype": F32},
     "block mask 64": {"text": f"{CAUSAL} and keep[h, q//64, kv//64] else zero", "captures": [(4, 4, 4)]},
     "butterfly 64": {"text": f"{CAUSAL} and ({BUTTERFLY})", "length": 1024},
@@ -42,6 +43,7 @@ FEW_QUERIES = {
     "causal 128": {"text": LAST, "dim": 128},
     "causal 256": {"text": LAST, "dim": 256},
     "mean 128": {"text": f"{LAST} else mean", "dim": 128},
+    "maximum 128": {"text": LAST, "dim": 128, "aux": True},
     "softcap 128": {"text": "tanh(s*0.02)*50.0 where kv > q + Skv - Sq - 4096", "dim": 128},
     "bias 64": {"text": "s*0.125 + bias[0, h, q, kv]", "captures": [(1, 8, 1, 5000)]},
     "sinks 64": {"text": f"{LAST} sink sinks[h]", "captures": [(8,)]},
@@ -101,7 +103,9 @@ def compiled(monkeypatch, tmp_path):
     """A function that compiles a site's kernels for a capability: [(name, spilled bytes, shared bytes)]."""
     from flashfuse.kernels import block_map_triton, launch, triton_attention
 
-    def run(capability, text, dim=64, dtype=BF16, dropout_p=0.0, captures=(), length=256, q_len=None):
+    def run(
+        capability, text, dim=64, dtype=BF16, dropout_p=0.0, captures=(), length=256, q_len=None, aux=False
+    ):
         found = []
 
         def compile_only(what, *tensors):
@@ -137,7 +141,8 @@ def compiled(monkeypatch, tmp_path):
                 maps = block_map_triton.build_on_device(read, (), q.device, lead, sizes, mask)
             seed = torch.tensor([1]) if dropout_p else None
             site = (tensors, (), maps, seed, program, dropout_p)
-            out, lse = triton_attention.forward(q, k, v, *site)
+            highest = torch.empty(q.shape[:3]) if aux else None
+            out, lse = triton_attention.forward(q, k, v, *site, highest)
             if q_len is not None:
                 return found
             wanted = tuple(i for i, t in enumerate(tensors) if t.is_floating_point())

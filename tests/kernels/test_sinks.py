@@ -1,5 +1,7 @@
 """Sinks: the text form, the CPU variant against the oracle, and rows that only the sink is left to."""
 
+import dataclasses
+
 import pytest
 import torch
 from kernel_cases import Case, hostile_sinks, left_pad, run_case, sinks
@@ -36,9 +38,10 @@ CASES = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("aux", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c}|{c.captures.__name__}")
-def test_cpu_is_equal_under_the_rule(case):
-    run_case(cpu, case, "cpu")
+def test_cpu_is_equal_under_the_rule(case, aux):
+    run_case(cpu, dataclasses.replace(case, aux=aux), "cpu")
 
 
 def test_text_form():
