@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashfuse.api import explain, rewrite, sparsify, verify
     from flashfuse.backend import FlashFuseWarning, clear_reports, last_report, reports
-    from flashfuse.functional import NotFusible, attention
+    from flashfuse.functional import AttentionOutput, NotFusible, attention
     from flashfuse.passes.patterns import BlockMask, Butterfly, LocalGlobal
     from flashfuse.report import Report
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AttentionOutput": "functional",
     "BlockMask": "passes.patterns",
     "Butterfly": "passes.patterns",
     "LocalGlobal": "passes.patterns",
@@ -36,6 +37,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttentionOutput",
     "BlockMask",
     "Butterfly",
     "FlashFuseWarning",

@@ -195,10 +195,14 @@ def _each_graph(
         torch.compile(fresh, backend=collect)(*args, **kwargs)
 
 
-def counted_apart(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of ``function`` whose compilations Dynamo, which counts by code object, counts by themselves."""
+def counted_apart(function: Callable[..., Any], name: str = "") -> Callable[..., Any]:
+    """A copy of ``function`` whose compilations Dynamo, which counts by code object, counts by themselves.
+
+    Which sizes change from call to call it keeps by ``name``.
+    """
     assert isinstance(function, types.FunctionType)
-    code, name = function.__code__.replace(), function.__name__
+    name = name or function.__name__
+    code = function.__code__.replace(co_name=name)
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 

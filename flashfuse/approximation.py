@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from flashfuse.kernels import dispatch
 from flashfuse.kernels import expr as E
-from flashfuse.kernels.ops import empty_bhsd
-from flashfuse.kernels.reference import attention_reference
+from flashfuse.kernels.ops import OPERATORS, empty_bhsd
+from flashfuse.kernels.reference import attention_reference, max_reference
 from flashfuse.kernels.spec import ScoreProgram
 from flashfuse.passes.rewrite import copy_graph_module
 
@@ -25,9 +26,10 @@ def by_definition(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a rewritten ``gm`` in which each fused site is attention by definition, on the same seeds."""
     copied = copy_graph_module(gm)
     for node in list(copied.graph.nodes):
-        if node.target is torch.ops.flashfuse.attention.default:
+        if node.target in OPERATORS:
             # Without the block maps, which could be wrong.
-            node.target, node.args = _attention, (*node.args[:5], *node.args[6:])
+            node.target = _attention if node.target is OPERATORS[0] else _attention_and_max
+            node.args = (*node.args[:5], *node.args[6:])
         elif node.target is torch.ops.flashfuse.attention_weights.default:
             node.target = _weights
     for node in reversed(list(copied.graph.nodes)):
@@ -62,6 +64,13 @@ def _attention(
     rate = dropout_p if keep is not None else 0.0
     out, lse = attention_reference(q, k, v, captures, ints, parsed, rate, keep)
     return empty_bhsd(q, out.shape).copy_(out), lse
+
+
+def _attention_and_max(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``flashfuse::attention_and_max`` likewise."""
+    captures, ints, _, program = args[:4]
+    highest = max_reference(q, k, captures, ints, _in_dtype(program, q.dtype)).detach()
+    return *_attention(q, k, v, *args), highest
 
 
 def _weights(

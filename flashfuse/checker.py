@@ -16,6 +16,7 @@ from flashfuse import repro
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import nodes
 from flashfuse.passes.plan import Fuse, Left, SitePlan
+from flashfuse.passes.row_results import without_results
 from flashfuse.passes.tables import sizes_of
 from flashfuse.proof import prove
 from flashfuse.proof.certificate import Certificate, NotProvable
@@ -58,8 +59,14 @@ class SiteChecker:
         for plan in plans:
             if isinstance(plan, Fuse):
                 done = self._check(plan)
-                checks[plan.region.name] = done.check
                 reason = _reason_to_leave(plan, done)
+                if reason is not None and plan.region.row_results:
+                    # The output alone may be the same function.
+                    region = without_results(plan.region, plan.region.row_results, reason.message)
+                    plan = dataclasses.replace(plan, region=region)
+                    done = self._check(plan)
+                    reason = _reason_to_leave(plan, done)
+                checks[plan.region.name] = done.check
                 plan = plan if reason is None else Left(plan.region, (reason,))
             kept.append(plan)
         return tuple(kept), checks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch._dynamo
@@ -14,6 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Un
 from flashfuse import pipeline
 from flashfuse.api import counted_apart
 from flashfuse.options import Options
+from flashfuse.passes import dialect
 from flashfuse.report import SiteReport
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -24,6 +25,21 @@ class NotFusible(ValueError):
     """What a score or a mask computes cannot become part of the kernels."""
 
 
+class AttentionOutput(NamedTuple):
+    """What :func:`attention` returns where more than the output is asked for; ``None`` is what was not.
+
+    Attributes:
+        out: [B, H, Sq, Dv].
+        lse: [B, H, Sq], the natural logarithm of the sum of exponentials; differentiable.
+        max_scores: [B, H, Sq], the largest score of each row; without a gradient.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    max_scores: Tensor | None = None
+
+
+@overload
 def attention(
     query: Tensor,
     key: Tensor,
@@ -33,11 +49,37 @@ def attention(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    return_max_scores: bool = False,
+) -> AttentionOutput: ...
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    return_max_scores: bool = False,
+) -> Tensor | AttentionOutput:
     """Attention with a score and a mask of your own, in linear memory, forward and backward.
 
         s    = score_mod(scale · q kᵀ, b, h, q, kv)        −∞ where mask_mod(b, h, q, kv) is false
         out  = dropout(softmax(s)) v                       0 in a row that may attend to no key
+        lse  = ln Σ exp(s)        max_scores = max s       −∞ in such a row; both before dropout
 
     Both functions are given whole tensors that broadcast to [B, H, Sq, Skv], and compute elementwise with
     them: arithmetic, comparisons, ``torch.where``, ``tanh``, ``exp``, and reads of other tensors at indices
@@ -55,9 +97,13 @@ def attention(
         mask_mod: ``(b, h, q, kv) -> bool``.
         scale: 1/√D if not given.
         dropout_p: the rate at which weights are dropped; ``torch.manual_seed`` reproduces it.
+        return_lse: return ``lse`` as well, in natural units and differentiable: d lse / d s = softmax(s).
+            Partial results over parts of the keys are merged by it.
+        return_max_scores: return ``max_scores`` as well, of which no gradient is taken.
 
     Returns:
-        [B, H, Sq, Dv] of the dtype of ``query``.
+        [B, H, Sq, Dv] of the dtype of ``query``; an :class:`AttentionOutput` where more is asked for, with
+        [B, H, Sq] of float32, or float64 for float64.
 
     Raises:
         NotFusible: a function computes what the kernels cannot, such as a sort; the message says what.
@@ -66,15 +112,18 @@ def attention(
     Inside a function that ``torch.compile`` compiles this is the formula above, which
     ``backend="flashfuse"`` fuses like any other attention.
     """
+    more = return_lse, return_max_scores
     if torch.compiler.is_compiling():
-        return formula(query, key, value, score_mod, mask_mod, scale, dropout_p)
+        return formula(query, key, value, score_mod, mask_mod, scale, dropout_p, *more)
     _check(query, key, value, dropout_p)
     if 0 in (*query.shape, *value.shape):
-        return formula(query, key, value, score_mod, mask_mod, scale, dropout_p)
-    run = _compiled(score_mod, mask_mod, query)
+        return formula(query, key, value, score_mod, mask_mod, scale, dropout_p, *more)
+    # Numbers of heads that change from call to call would become symbols, of which groups are not known.
+    widths = (query.shape[1], query.shape[3], key.shape[1], value.shape[3])
+    run = _compiled(score_mod, mask_mod, (*more, *widths), query)
     # Dynamo wraps what a backend raises, and its own refusals, in pages that say nothing to the caller.
     try:
-        out: Tensor = run(query, key, value, score_mod, mask_mod, scale, dropout_p)
+        return run(query, key, value, score_mod, mask_mod, scale, dropout_p, *more)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, NotFusible):
             raise error.inner_exception from None
@@ -82,7 +131,6 @@ def attention(
     except (Unsupported, FailOnRecompileLimitHit) as error:
         reason = str(error).strip().partition("\n")[0]
         raise NotFusible(f"score_mod or mask_mod could not be traced: {reason}") from error
-    return out
 
 
 def formula(
@@ -93,7 +141,9 @@ def formula(
     mask_mod: MaskMod | None,
     scale: float | None,
     dropout_p: float,
-) -> Tensor:
+    return_lse: bool = False,
+    return_max_scores: bool = False,
+) -> Tensor | AttentionOutput:
     """What :func:`attention` means, in plain PyTorch, with matrices of [Sq, Skv]."""
     batch, heads, q_len, _ = query.shape
     group = heads // key.shape[1]
@@ -113,21 +163,38 @@ def formula(
     weights = torch.softmax(scores, -1)
     weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, weights)
     weights = torch.dropout(weights, dropout_p, True)
-    return weights.to(value.dtype) @ value
+    out = weights.to(value.dtype) @ value
+    if not return_lse and not return_max_scores:
+        return out
+    # The operator in the place of the product gives both: they come after it.
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    lse = torch.logsumexp(scores, -1) if return_lse else None
+    max_scores = None
+    if return_max_scores:
+        none = torch.full(scores.shape[:-1], -math.inf, dtype=scores.dtype, device=scores.device)
+        max_scores = none if scores.shape[-1] == 0 else scores.detach().amax(-1)
+    return AttentionOutput(out, lse, max_scores)
 
 
-_runs: dict[tuple[Any, Any], Callable[..., Tensor]] = {}
+Run = Callable[..., Tensor | AttentionOutput]
+_runs: dict[tuple[Any, ...], Run] = {}
 _MOST_RUNS = 256
 
 
-def _compiled(score_mod: ScoreMod | None, mask_mod: MaskMod | None, like: Tensor) -> Callable[..., Tensor]:
-    """:func:`formula` compiled for functions of this code, of which closures may differ from call to call."""
-    code = getattr(score_mod, "__code__", score_mod), getattr(mask_mod, "__code__", mask_mod)
+def _compiled(
+    score_mod: ScoreMod | None, mask_mod: MaskMod | None, fixed: tuple[int, ...], like: Tensor
+) -> Run:
+    """:func:`formula` compiled for functions of this code, of which closures may differ from call to call.
+
+    ``fixed`` numbers do not.
+    """
+    code = (getattr(score_mod, "__code__", score_mod), getattr(mask_mod, "__code__", mask_mod), *fixed)
     if code not in _runs:
         _try(score_mod, mask_mod, like)
         if len(_runs) == _MOST_RUNS:
             del _runs[next(iter(_runs))]
-        _runs[code] = torch.compile(counted_apart(formula), backend=_fused, fullgraph=True)
+        name = "formula_" + "_".join(map(str, fixed))
+        _runs[code] = torch.compile(counted_apart(formula, name), backend=_fused, fullgraph=True)
     return _runs[code]
 
 
@@ -158,6 +225,10 @@ def _fused(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     rewritten, report = pipeline.run(gm, Options())
     if report.num_fused != 1:
         raise NotFusible(_why(report.sites))
+    operations = filter(None, map(dialect.read, rewritten.graph.nodes))
+    if any(op.name in ("logsumexp", "amax") for op in operations):
+        notes = (note for note in report.sites[0].notes if "of the scores stays as it is" in note)
+        raise NotFusible(f"not fusible: {next(notes, 'a result of the rows')}; mask in mask_mod instead")
     return rewritten
 
 

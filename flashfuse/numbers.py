@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from flashfuse.footprint import devices_of, random_state
+from flashfuse.kernels.ops import OPERATORS
 from flashfuse.kernels.reference import sdpa_by_definition
 from flashfuse.passes import dialect, inline, nodes
 from flashfuse.passes.rewrite import copy_graph_module
@@ -164,7 +165,7 @@ def without_dropout(gm: fx.GraphModule) -> fx.GraphModule:
                 node.kwargs = {**node.kwargs, "dropout_p": 0.0}
         elif inline.drops(node):
             inline.keeps_all(node)
-        elif node.target is torch.ops.flashfuse.attention.default:
+        elif node.target in OPERATORS:
             node.args = (*node.args[:6], None, node.args[7], 0.0, *node.args[9:])
         elif node.target is torch.ops.flashfuse.attention_weights.default:
             node.args = (*node.args[:4], None, node.args[5], 0.0, *node.args[7:])

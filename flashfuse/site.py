@@ -16,6 +16,7 @@ from flashfuse.approximation import by_definition
 from flashfuse.footprint import devices_of
 from flashfuse.inputs import Draw, InputSet, input_sets, normal
 from flashfuse.kernels import dispatch
+from flashfuse.kernels.ops import OPERATORS
 from flashfuse.kernels.reference import environment, evaluate
 from flashfuse.kernels.spec import ScoreProgram, differentiable_loads
 from flashfuse.numbers import check_runs, drop, exact_copy, same_bits, sdpa_math
@@ -64,7 +65,7 @@ def original_graph(
             new = _with_mask(region, graph, node, mapping, extra["dropout_keep"])
         mapping[node] = new or graph.node_copy(node, lambda n: mapping[n])
     outputs = tuple(mapping[n] for n in region.outputs)
-    graph.output(outputs if region.weights else outputs[0])
+    graph.output(outputs if len(outputs) > 1 else outputs[0])
     return graph, mapping
 
 
@@ -217,14 +218,15 @@ class Site:
         """What the fused operator is called with, in float64."""
         found: list[tuple[Any, ...]] = []
 
-        def probe(*args: Any) -> tuple[Tensor, Tensor]:
+        def probe(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
             found.append(args)
             q, _, v = args[:3]
-            return q.new_zeros((*q.shape[:3], v.shape[-1])), q.new_zeros(q.shape[:3])
+            rows = q.new_zeros(q.shape[:3])
+            return q.new_zeros((*q.shape[:3], v.shape[-1])), rows, rows
 
         probing = exact_copy(self.operator)
         for node in probing.graph.nodes:
-            if node.target is torch.ops.flashfuse.attention.default:
+            if node.target in OPERATORS:
                 node.target = probe
         probing.recompile()
         with torch.no_grad():
@@ -283,7 +285,7 @@ def _replacement(
     variant = plan.selection.variant
     results = Emitter(graph).site(region.mapped(here), variant.name, variant.needs_block_map)
     outputs = tuple(results[n] for n in region.outputs)
-    graph.output(outputs if region.weights else outputs[0])
+    graph.output(outputs if len(outputs) > 1 else outputs[0])
     seed = next((new for new in inputs.values() if new.target == "dropout_seed"), None)
     for node in graph.nodes:
         if seed is not None and node.target is torch.randint:

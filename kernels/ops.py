@@ -218,9 +218,7 @@ def _(q, k, v, captures, ints, maps, seed, program, dropout_p, variant):  # type
 
 
 @torch.library.register_fake("flashfuse::attention_backward")
-def _(
-    do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, capture_grads, dlse=None
-):  # type: ignore[no-untyped-def]
+def _(do, q, k, v, out, lse, captures, ints, maps, seed, program, dropout_p, variant, capture_grads, *_):  # type: ignore[no-untyped-def]
     return [
         *(empty_bhsd(t, t.shape) for t in (q, k, v)),
         *(captures[i].new_empty(captures[i].shape) for i in capture_grads),
@@ -359,6 +357,9 @@ def _autocast(op: Any, device_type: str, key: DispatchKey) -> Any:
     return run
 
 
+OPERATORS = (torch.ops.flashfuse.attention.default, torch.ops.flashfuse.attention_and_max.default)
+"""What a fused site is: their arguments are the same, and so are their first two results."""
+
 for _device, _autocast_key in (("cuda", DispatchKey.AutocastCUDA), ("cpu", DispatchKey.AutocastCPU)):
-    for _op in (torch.ops.flashfuse.attention, torch.ops.flashfuse.attention_and_max):
-        _LIBRARY.impl(_op.__name__, _autocast(_op.default, _device, _autocast_key), _autocast_key.name)
+    for _name, _op in zip(("attention", "attention_and_max"), OPERATORS, strict=True):
+        _LIBRARY.impl(_name, _autocast(_op, _device, _autocast_key), _autocast_key.name)

@@ -70,8 +70,8 @@ def forward(
         with on_device(q.device):
             make = functools.partial(site.make_split, kv_map)
             site.launches.run("split", aligned, make, q, k, v, parts, kv_map, ptrs)
-            tensors = (parts, v, out, lse, highest, ptrs)
-            site.launches.run(f"combine{with_max}", aligned, site.make_combine, *tensors)
+            combine = f"combine{with_max}"
+            site.launches.run(combine, aligned, site.make_combine, parts, v, out, lse, highest, ptrs)
         return out, lse
     mean = v.mean(2, dtype=torch.float32).contiguous() if site.averages and not site.dropout else None
     with on_device(q.device):

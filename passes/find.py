@@ -28,6 +28,7 @@ from flashfuse.passes.nodes import Memory, Size, same, shape
 from flashfuse.passes.operands import Operand, copies
 from flashfuse.passes.products import Reading, Rows, readings, reads
 from flashfuse.passes.region import AttentionRegion, Frame, NearMiss, Refused, Weights, assemble, frames
+from flashfuse.passes.row_results import row_results, with_results
 from flashfuse.passes.sinks import Sink, cut_column, without_shift
 from flashfuse.passes.weights_path import Path, follow, gates, handed_out, removals, softmax_above
 
@@ -363,10 +364,15 @@ def _region(
             _check_products(reading, frame, scores)
             score, sink = _unshifted(candidate, reading, scores, beside)
             removed = removals(path.steps, reading.lift)
+            # What is shifted is reduced to something else.
+            shifted = score != reading.score
+            of_rows = {} if shifted else row_results(found, path.index, node, reading.lift, memory, live)
             region = assemble(
-                node, frame, reading.products, v, score, _dtype(scores), chain, path.dropout_p, memory, live,
+                node, frame, reading.products, v, score, _dtype(scores),
+                [*chain, *(n for through in of_rows.values() for n in through)], path.dropout_p, memory, live,
                 found.zero_dead_rows, handed, sink, tuple(removed.values()),
             )  # fmt: skip
+            region = with_results(region, of_rows)
             factors = gates(path.steps, removed, region.program.mask, region.shape, reading.lift)
             unscaled = None
             if path.dropout is not None and path.unscaled is not None:

@@ -118,6 +118,9 @@ def _plan(site: AttentionRegion | NearMiss, kernels: dispatch.Kernels) -> SitePl
                 ),
             ),
         )
+    if kernels == "auto" and any(r.kind == "max" for r in site.row_results):
+        # PyTorch's do not tell the maximum.
+        kernels = "triton"
     selection = dispatch.select(site.shape, site.program, site.dropout_p, device, kernels)
     if isinstance(selection, Reason):
         return Left(site, (selection,))

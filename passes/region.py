@@ -34,6 +34,24 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class RowResult:
+    """A node whose value is a number for each row of what is normalised.
+
+    Attributes:
+        index: over ``b h q``.
+        kind: the natural logarithm of the sum of exponentials, or the largest score.
+        reduction: the node that takes it from the scores; ``node`` is that or follows it.
+        detached: no gradient goes through it.
+    """
+
+    node: fx.Node
+    index: Index
+    kind: Literal["lse", "max"]
+    reduction: fx.Node
+    detached: bool
+
+
+@dataclass(frozen=True)
 class Gate:
     """A factor of the weights that the output or v takes instead.
 
@@ -75,6 +93,8 @@ class AttentionRegion:
     gates: tuple[Gate, ...] = ()
     unscaled: tuple[fx.Node, fx.Node] | None = None
     """Where dropout follows a factor: its node, and the weights without the factor, for which it draws."""
+    row_results: tuple[RowResult, ...] = ()
+    """What else comes from the scores; without them it stays the user's own."""
 
     @property
     def factors(self) -> tuple[fx.Node, ...]:
@@ -83,8 +103,8 @@ class AttentionRegion:
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """What the site computes: the output, and the weights that something else uses."""
-        return (self.output, *(w.node for w in self.weights))
+        """What the site computes: the output, the weights that something else uses, and results of rows."""
+        return (self.output, *(w.node for w in self.weights), *(r.node for r in self.row_results))
 
     @property
     def operands(self) -> tuple[Operand, ...]:

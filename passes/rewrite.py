@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import operator
@@ -16,8 +17,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from flashfuse.kernels import expr as E
-from flashfuse.kernels import ops as _ops  # noqa: F401  (defines torch.ops.flashfuse)
 from flashfuse.kernels.expr import KV, B, Expr, H, Q, const
+from flashfuse.kernels.ops import OPERATORS
 from flashfuse.kernels.spec import Reason
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.contraction import SUMMED
@@ -130,7 +131,7 @@ class Emitter:
 
     def replace(self, plan: Fuse) -> SitePlan:
         """Put the operator in the place of the site."""
-        region = plan.region
+        region = self.with_used_results(plan.region)
         before = set(self.graph.nodes)
         self._key = "example_value" if "example_value" in region.output.meta else "val"
         self._template = {
@@ -163,14 +164,21 @@ class Emitter:
                 region, (Reason("emit", f"the replacement could not be built: {error}", region.source),)
             )
         for node, result in results.items():
-            node.replace_all_uses_with(result)
+            # A row's maximum may be what the site's own nodes, which stand before it, are shifted by.
+            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in region.interior)
             self.replaced.setdefault(node, result)
         return plan
+
+    def with_used_results(self, region: AttentionRegion) -> AttentionRegion:
+        """Without results of rows that an earlier site with the same scores has taken over."""
+        used = [r for r in region.row_results if any(user not in region.interior for user in r.node.users)]
+        return dataclasses.replace(region, row_results=tuple(used))
 
     def site(self, region: AttentionRegion, variant: str, needs_block_map: bool) -> dict[fx.Node, fx.Node]:
         """The operator calls for ``region`` and what brings inputs and outputs into order.
 
-        Returns what stands for the region's output, and for each of its weights that something else uses.
+        Returns what stands for the region's output, for each of its weights that something else uses, and
+        for its results of rows.
         """
         s, program = region.shape, region.program
         example = nodes.value(region.output)
@@ -194,12 +202,17 @@ class Emitter:
             maps = self.block_map(region, q, k, holders)
         if region.dropout_p and seed is None:
             seed = self.seed(q)
-        pair = self.call(
-            torch.ops.flashfuse.attention.default,
+        has_max = any(r.kind == "max" for r in region.row_results)
+        made = self.call(
+            OPERATORS[has_max],
             q, k, v, captures, ints, maps, seed, program.text, region.dropout_p, variant,
         )  # fmt: skip
-        out = self.scaled(self.call(operator.getitem, pair, 0), region, "out")
-        results[region.output] = self.restore(out, region.output, region.out_index, SUMMED, region)
+        out = self.scaled(self.call(operator.getitem, made, 0), region, "out")
+        results[region.output] = self.restore(out, region.output, region.out_index, (SUMMED,), region)
+        for r in region.row_results:
+            rows = self.call(operator.getitem, made, 1 if r.kind == "lse" else 2)
+            rows = self.restore(rows, r.node, r.index, (), region)
+            results[r.node] = self.call("detach", rows) if r.kind == "lse" and r.detached else rows
         return results
 
     def scaled(self, x: fx.Node, region: AttentionRegion, onto: str) -> fx.Node:
@@ -256,7 +269,7 @@ class Emitter:
                     q, k, captures, ints, seed if w.dropped else None, program.text,
                     region.dropout_p if w.dropped else 0.0, variant, nodes.value(w.node).dtype,
                 )  # fmt: skip
-                results[w.node] = self.restore(made, w.node, w.index, KV, region)
+                results[w.node] = self.restore(made, w.node, w.index, (KV,), region)
         self._for_weights += [n for n in self.graph.nodes if n not in before]
         return seed, results
 
@@ -357,14 +370,14 @@ class Emitter:
         return node
 
     def restore(
-        self, out: fx.Node, node: fx.Node, index: Index, column: Expr, region: AttentionRegion
+        self, out: fx.Node, node: fx.Node, index: Index, columns: tuple[Expr, ...], region: AttentionRegion
     ) -> fx.Node:
-        """An operator's [B, H, Sq, ``column``] result in the shape, dtype and strides of ``node``."""
-        labels: list[Expr] = [B, H, Q, column]
+        """An operator's [B, H, Sq, *``columns``] result in the shape, dtype and strides of ``node``."""
+        labels: list[Expr] = [B, H, Q, *columns]
         flat = next((e for e in index if folded_heads_of(e) is not None), None)
         target = _named(index, [role for role in labels if all(not E.contains(e, role) for e in index)])
         sizes = dict(zip(target, nodes.shape(node), strict=True))
-        for position, role in ((3, column), (2, Q), (1, H), (0, B)):
+        for position, role in reversed([*enumerate(labels)]):
             own = [e for e in target if e != flat and E.contains(e, role)]
             own.sort(key=lambda e: -_divisor(e))
             if not own and (flat is None or role not in (B, H)):

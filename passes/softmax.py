@@ -78,7 +78,7 @@ def _with_zero_dead_rows(node: fx.Node, op: Op) -> Softmax | None:
         if step.name == "not":
             dead = not dead
         elif step.name == ("all" if dead else "any"):
-            rows = _single_dim(step, len(shape(plain.input)))
+            rows = single_dim(step, len(shape(plain.input)))
             if rows != plain.dim or not step.get("keepdim", False):
                 return None
         elif step.name == ("eq" if dead else "ne"):
@@ -243,7 +243,8 @@ def _reduction(
     return None
 
 
-def _single_dim(op: Op, rank: int) -> int | None:
+def single_dim(op: Op, rank: int) -> int | None:
+    """The one dimension that a reduction runs over, ``None`` where it does not name one."""
     dims = _dims(op, rank)
     return dims[0] if dims is not None and len(dims) == 1 and op.args.get("dim") is not None else None
 

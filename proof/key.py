@@ -7,7 +7,7 @@ lifted to the same program: a fault of the lift would show in one original and n
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def _other_name(name: str, taken: set[str]) -> str:
 
 
 def site_nodes(region: AttentionRegion) -> Iterator[tuple[fx.Node, bool]]:
-    """The user's own nodes from the cut to the output, in graph order: ``(node, is_leaf)``.
+    """The user's own nodes from the cut to the outputs, in graph order: ``(node, is_leaf)``.
 
     Leaves are the cut, inputs and constants, sizes and other numbers, and tensors of which only the sizes
     and the dtype are read (``zeros_like(hidden)``): what made them is not part of the site.
@@ -61,7 +61,7 @@ def site_nodes(region: AttentionRegion) -> Iterator[tuple[fx.Node, bool]]:
     leaves: set[fx.Node] = set(cut_nodes(region))
     needed: set[fx.Node] = set()
     measured: set[fx.Node] = set()
-    pending = [region.output]
+    pending = [*region.outputs]
     while pending:
         node = pending.pop()
         if node in needed:
@@ -105,7 +105,7 @@ def site_key(plan: Fuse) -> tuple[Hashable, ...]:
     is_leaf = dict(site_nodes(region))
     number: dict[fx.Node, int] = {}
     described: list[Hashable] = []
-    for node in _by_use(region.output, is_leaf):
+    for node in _by_use(region.outputs, is_leaf):
         call = ("leaf",) if is_leaf[node] else _call(node, number)
         described.append((*call, _value(nodes.value(node))))
         number[node] = len(number)
@@ -122,15 +122,16 @@ def site_key(plan: Fuse) -> tuple[Hashable, ...]:
         tuple(described), order, tuple(operands), tuple(captures), tuple(ints),
         _unnamed(program.text, (*program.captures, *program.ints)), tuple(map(str, region.out_index)),
         tuple((number.get(w.node), tuple(map(str, w.index)), w.dropped) for w in region.weights),
+        tuple((number.get(r.node), tuple(map(str, r.index)), r.kind) for r in region.row_results),
         tuple((_literal(g.node, number), tuple(map(str, g.index)), g.onto, g.divides) for g in region.gates),
         str(region.shape), region.dropout_p, plan.selection.variant.name,
     )  # fmt: skip
 
 
-def _by_use(output: fx.Node, is_leaf: Mapping[fx.Node, bool]) -> dict[fx.Node, None]:
+def _by_use(outputs: Sequence[fx.Node], is_leaf: Mapping[fx.Node, bool]) -> dict[fx.Node, None]:
     """Every node after what it uses, in an order that does not depend on the rest of the graph."""
     ordered: dict[fx.Node, None] = {}
-    pending = [(output, False)]
+    pending = [(output, False) for output in reversed(outputs)]
     while pending:
         node, inputs_done = pending.pop()
         if node in ordered:

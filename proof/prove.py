@@ -48,7 +48,8 @@ class DoesNotRun(Exception):
 class Replacement:
     """The emitted nodes: ``graph`` has a placeholder for each node of the site that it reads.
 
-    ``outputs`` are what stands for the site's output, and for its weights that something else uses.
+    ``outputs`` are what stands for the site's output, for its weights that something else uses, and for its
+    results of rows.
     """
 
     graph: fx.Graph
@@ -203,7 +204,9 @@ class _Comparison:
         # Two blocks each way, the second one usually shorter.
         blocks = [self.random(-(-n // 2), max(n, 2)) for n in lengths]
         unscaled = dict([region.unscaled]) if region.unscaled is not None else {}
-        self.runner = Runner(self.draw, sizes, (blocks[0], blocks[1]), model, unscaled)
+        of_rows = region.row_results
+        maxima = {r.reduction for r in of_rows if r.kind == "max"}
+        self.runner = Runner(self.draw, sizes, (blocks[0], blocks[1]), model, unscaled, maxima, bool(of_rows))
         self.names = cut_nodes(region)
         self.compared_names: list[str] = []
         self.wider: list[str] = []
@@ -261,7 +264,8 @@ class _Comparison:
         return outputs, list(grads)
 
     def pairs(self, original: Any, ours: Any, leaves: Sequence[fx.Node]) -> Any:
-        names = (_OUTPUTS[0], *(_OUTPUTS[2 if w.dropped else 1] for w in self.region.weights))
+        weights = (_OUTPUTS[2 if w.dropped else 1] for w in self.region.weights)
+        names = (_OUTPUTS[0], *weights, *(r.kind for r in self.region.row_results))
         yield from zip(names, original[0], ours[0], strict=True)
         grads = dict(zip(leaves, zip(original[1], ours[1], strict=True), strict=True))
         for node in sorted(grads, key=[*self.names, *leaves].index):
@@ -368,7 +372,7 @@ class _Comparison:
         return wider, narrower
 
 
-_OUTPUTS = ("out", "weights", "dropped weights")
+_OUTPUTS = ("out", "weights", "dropped weights", "lse", "max")
 
 
 def _described(t: FieldTensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from flashfuse.kernels.block_map import EMPTY, PARTIAL, block_states
+from flashfuse.kernels.ops import OPERATORS
 from flashfuse.kernels.reference import sdpa_by_definition
 from flashfuse.kernels.spec import ScoreProgram
 from flashfuse.passes import dialect, nodes
@@ -32,6 +33,8 @@ class Runner:
         blocks: rows and columns of a block in the model of the kernels.
         model: that model; tests put broken ones in its place.
         unscaled: for a dropout of weights that were scaled, the weights as they were.
+        maxima: nodes whose maximum of each row is a result, not what the scores are shifted by.
+        of_rows: whether results of rows are asked for.
     """
 
     draw: Draw
@@ -39,6 +42,8 @@ class Runner:
     blocks: tuple[int, int]
     model: type[Tiled] = Tiled
     unscaled: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    maxima: Container[fx.Node] = ()
+    of_rows: bool = False
 
     def run(self, graph_nodes: Iterable[fx.Node], env: Env) -> Any:
         """Adds every node's value to ``env``; returns the last one."""
@@ -66,6 +71,8 @@ class Runner:
             return self.dropped(env[op.input], rate, op.name == "native_dropout", drawn_for)
         if op is not None and op.name == "scaled_dot_product_attention":
             return self.sdpa(op, env)
+        if op is not None and node in self.maxima:
+            return self.maximum(op, env)
         if node.target is torch.randint:
             return None  # the seed: which weights are kept is an input here
         args, kwargs = (
@@ -76,7 +83,7 @@ class Runner:
 
     def meaning(self, node: fx.Node) -> Callable[..., Any]:
         """What the node calls."""
-        if node.target is torch.ops.flashfuse.attention.default:
+        if node.target in OPERATORS:
             return self.attention
         if node.target is torch.ops.flashfuse.attention_weights.default:
             return self.weights
@@ -110,6 +117,15 @@ class Runner:
         result = x * torch.where(keep, 1 / (1 - rate), 0.0)
         return (result, keep) if pair else result
 
+    def maximum(self, op: dialect.Op, env: Env) -> Any:
+        """The largest of each row, with the places of the largest after it where it is a pair."""
+        x, dim = env[op.input], op.args["dim"]
+        if not isinstance(x, FieldTensor):
+            raise NotProvable("a maximum of something that is no score")
+        (dim,) = dim if isinstance(dim, (list, tuple)) else (dim,)
+        top = FieldTensor.of(x.value.largest(dim, bool(op.get("keepdim", False))), x.dtype, {})
+        return top if op.name == "amax" else (top, None)
+
     def keep(self, weights: Value, rate: float) -> Tensor:
         """Which weights dropout keeps."""
         if rate >= 1:
@@ -137,8 +153,8 @@ class Runner:
         program: str,
         dropout_p: float,
         variant: str,
-    ) -> tuple[FieldTensor, None]:
-        """The fused operator, run as the model of the blockwise kernels."""
+    ) -> tuple[FieldTensor, FieldTensor | None, FieldTensor | None]:
+        """The fused operator, run as the model of the blockwise kernels; lse and max where asked for."""
         smaller = self.shrink.program(ScoreProgram.parse(program))
         for x in (q, k, v, *captures):
             self.draw.precision |= x.via if isinstance(x, FieldTensor) else {}
@@ -159,7 +175,8 @@ class Runner:
             )[0]
         if dropout_p:
             site.keep = self.keep(weights_by_definition(site), dropout_p)
-        return _Attention.apply(site, q.dtype, q, k, v, *captures), None  # type: ignore[no-untyped-call]
+        run = functools.partial(_Attention.apply, site, q.dtype, self.of_rows)
+        return run(q, k, v, *captures)  # type: ignore[no-any-return]
 
     def weights(
         self,
@@ -178,7 +195,7 @@ class Runner:
         identity = self.draw.value(torch.eye(kv_len, dtype=torch.int64))
         v = identity.map(lambda t: t.expand(*k.shape[:2], kv_len, kv_len))
         rows = FieldTensor.of(v, q.dtype, {})
-        out, _ = self.attention(q, k, rows, captures, ints, (), seed, program, dropout_p, variant)
+        out = self.attention(q, k, rows, captures, ints, (), seed, program, dropout_p, variant)[0]
         return out.to(dtype)
 
     def block_map(
@@ -202,23 +219,32 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, site: Tiled, dtype: torch.dtype, *tensors: Any
-    ) -> FieldTensor:
+        ctx: Any, site: Tiled, dtype: torch.dtype, of_rows: bool, *tensors: Any
+    ) -> tuple[FieldTensor, FieldTensor | None, FieldTensor | None]:
         ctx.site, ctx.dtype = site, dtype
         out, ctx.m, ctx.l = site.forward()
         ctx.out = out
         ctx.wanted = [isinstance(t, FieldTensor) for t in tensors]
         ctx.dtypes = [t.dtype for t in tensors]
-        return FieldTensor.of(out, dtype, {})
+        ctx.set_materialize_grads(False)
+        made = FieldTensor.of(out, dtype, {})
+        if not of_rows:
+            return made, None, None
+        results = site.log_sum_exp(ctx.m, ctx.l), site.largest()
+        lse, top = (FieldTensor.of(x.rounded(site.dtype), site.dtype, {}) for x in results)
+        ctx.mark_non_differentiable(top)
+        return made, lse, top
 
     @staticmethod
-    def backward(ctx: Any, do: FieldTensor) -> tuple[Any, ...]:  # type: ignore[override]
-        grads = ctx.site.backward(do.value, ctx.out, ctx.m, ctx.l)
+    def backward(ctx: Any, do: FieldTensor | None, dlse: FieldTensor | None, _: None) -> tuple[Any, ...]:  # type: ignore[override]
+        slope = ctx.site.zeros(ctx.out.shape) if do is None else do.value
+        of_lse = None if dlse is None else dlse.value
+        grads = ctx.site.backward(slope, ctx.out, ctx.m, ctx.l, of_lse)
         made = [
             FieldTensor.of(g, dtype, {}) if wanted and g is not None else None
             for g, wanted, dtype in zip(grads, ctx.wanted, ctx.dtypes, strict=True)
         ]
-        return None, None, *made
+        return None, None, None, *made
 
 
 def _on_cpu(x: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import fx
 
 from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import Expr, const
+from flashfuse.kernels.ops import OPERATORS
 from flashfuse.kernels.spec import AttentionShape, ScoreProgram
 from flashfuse.passes import dialect, nodes
 from flashfuse.passes.nodes import Size
@@ -200,7 +201,7 @@ def _counted(site: Sequence[fx.Node]) -> set[int]:
         op = dialect.read(node)
         if op is not None and (op.name in _VALUES | _FILLS or op.name == "arange") and _is_integral(node):
             found.update(n for n in _integers((node.args, node.kwargs)) if n >= KEPT)
-        if node.target is torch.ops.flashfuse.attention.default:
+        if node.target in OPERATORS:
             found.update(_places(ScoreProgram.parse(str(node.args[7]))))
     return found
 
@@ -278,7 +279,7 @@ def _numbers(node: fx.Node) -> Iterator[int]:
     if op is not None and op.name in _VALUES and not _is_integral(node):
         return
     yield from _integers((node.args, node.kwargs))
-    if node.target is torch.ops.flashfuse.attention.default:
+    if node.target in OPERATORS:
         yield from _constants(ScoreProgram.parse(str(node.args[7])))
     if node.target is torch.ops.flashfuse.attention_weights.default:
         yield from _constants(ScoreProgram.parse(str(node.args[5])))

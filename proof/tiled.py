@@ -210,6 +210,31 @@ class Tiled:
             m = m.where(m.level != -math.inf, 0)
         return (x - m).rounded(self.dtype).exp()
 
+    def log_sum_exp(self, m: Value, l: Value) -> Value:
+        """lse [B, H, Sq] = m + ln l; −∞ in a row without a key."""
+        total = (Value(self.draw, m.p, m.q).exp() * l).log()
+        level = torch.zeros(l.shape).double() if m.level is None else m.level.expand(l.shape)
+        total.level = torch.where(l.p == 0, -math.inf, level)
+        return _squeezed(total)
+
+    def largest(self) -> Value:
+        """The largest score [B, H, Sq] of each row, tile by tile."""
+        parts = [self.largest_of_rows(rows) for rows in self.tiles(self.sizes[2], self.blocks[0])]
+        return _squeezed(_concatenated(parts))
+
+    def largest_of_rows(self, rows: Block) -> Value:
+        zero = self.zeros((*self.sizes[:2], rows.stop - rows.start, 1))
+        top = zero.where(torch.zeros((), dtype=torch.bool), -math.inf)
+        if self.program.sink is not None:
+            top = self.sink(rows).largest(-1, True)
+        for columns in self.tiles(self.sizes[3], self.blocks[1]):
+            allowed = self.allowed(rows, columns)
+            if allowed is not None:
+                env = self.environment(rows, columns) | {"s": self.products(rows, columns)}
+                x = self.masked(self.evaluated(self.program.score, env), allowed).rounded(self.dtype)
+                top = _larger(top, x.largest(-1, True))
+        return top
+
     def dead_rows_out(self, out: Value, l: Value) -> Value:
         dead = l.p == 0
         if not bool(dead.any()):
@@ -225,13 +250,17 @@ class Tiled:
 
     # --- backward -------------------------------------------------------------------------------
 
-    def backward(self, do: Value, out: Value, m: Value, l: Value) -> list[Value | None]:
-        """[dq, dk, dv, a gradient for each capture (``None`` for integers)]."""
+    def backward(
+        self, do: Value, out: Value, m: Value, l: Value, dlse: Value | None = None
+    ) -> list[Value | None]:
+        """[dq, dk, dv, a gradient for each capture (``None`` for integers)]; ``dlse`` [B, H, Sq]."""
         dead = l.p == 0
         delta = self.delta(do, out)
         if delta.level is not None:
             # A row that the mode made NaN has weights of 0, which must still give 0.
             delta = delta.where(~dead, 0)
+        if dlse is not None:
+            delta = delta - dlse.map(lambda t: t[..., None]).where(~dead, 0)
         rows = [*self.tiles(self.sizes[2], self.blocks[0])]
         columns = [*self.tiles(self.sizes[3], self.blocks[1])]
         dq, dk, dv = (self.zeros(x.shape) for x in (self.q, self.k, self.v))
@@ -326,6 +355,21 @@ class Tiled:
 def _is_absent(sink: Value) -> Tensor:
     """Where a sink is −∞, which is none."""
     return torch.zeros((), dtype=torch.bool) if sink.level is None else sink.level == -math.inf
+
+
+def _squeezed(x: Value) -> Value:
+    """Without the last dimension, of size 1."""
+    q, level, factor = (None if t is None else t.squeeze(-1) for t in (x.q, x.level, x.factor))
+    return Value(x.draw, x.p.squeeze(-1), q, level, factor=factor)
+
+
+def _larger(a: Value, b: Value) -> Value:
+    """Two parts of a row, of ``Value.largest``."""
+    assert a.level is not None and b.level is not None
+    level = torch.maximum(a.level, b.level)
+    p = torch.where(a.level == level, a.p, 0) + torch.where(b.level == level, b.p, 0)
+    p = torch.where(level == -math.inf, 0, p % a.draw.p)
+    return Value(a.draw, p, level=level)
 
 
 def _transposed(x: Value) -> Value:

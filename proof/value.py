@@ -296,6 +296,16 @@ class Value:
         result = weights * weights.sum((dim,), True).reciprocal()
         return result.where(~dead, 0) if dead_rows_are_zero else result
 
+    def largest(self, dim: int, keepdim: bool) -> Value:
+        """The maximum as a function of the set of numbers at the highest level, and of nothing else."""
+        draw = self.draw
+        draw.uninterpreted["max"] = None
+        level = torch.zeros(self.p.shape).double() if self.level is None else self.level.expand(self.p.shape)
+        top = level.amax(dim, keepdim=True)
+        counted = (level == top) & (top != -math.inf)
+        p = torch.where(counted, F.mix(self.p, draw.key + 2) % draw.p, 0).sum(dim, keepdim) % draw.p
+        return Value(draw, p, F.mix(p, draw.key) % draw.q, top if keepdim else top.squeeze(dim))
+
     def amax(self, dims: Sequence[int], keepdim: bool) -> Value:
         """Some element of the highest level: which one is drawn anew each time, so it must cancel."""
         dims = sorted(d % self.p.ndim for d in (dims or range(self.p.ndim)))

@@ -1,5 +1,6 @@
 """``flashfuse.attention``: scores and masks of the user's own, against the formula in float64."""
 
+import functools
 import math
 
 import pytest
@@ -55,8 +56,10 @@ MODS = {
 }
 
 
+@pytest.mark.parametrize("more", [False, True])
 @pytest.mark.parametrize("name", MODS)
-def test_equal_with_gradients(name):
+def test_equal_with_gradients(name, more):
+    """Also of lse, and the maximum, which has none."""
     score, mask = MODS[name]
     inputs, made = qkv(), []
 
@@ -69,12 +72,20 @@ def test_equal_with_gradients(name):
         taken = iter(made)
         own = [t.to(dtype) for t in inputs]
         score_mod = score and score(learnt if not made else lambda *sizes: next(taken).to(dtype))
-        out = run(*own, score_mod, mask, None, 0.0)
-        weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
-        return [out, *torch.autograd.grad((out * weight).sum(), [*inputs, *made])]
+        found = run(*own, score_mod, mask)
+        outputs = list(found) if more else [found]
+        assert [t.requires_grad for t in outputs] == [True, True, False][: len(outputs)]
+        slopes = [torch.linspace(-1, 1, t.numel(), dtype=dtype).view(t.shape) for t in outputs[:2]]
+        return [*outputs, *torch.autograd.grad(outputs[:2], [*inputs, *made], slopes)]
 
-    ours = results(lambda *args: flashfuse.attention(*args[:5]), torch.float32)
-    original, exact = results(formula, torch.float32), results(formula, torch.float64)
+    def fused(*args):
+        return flashfuse.attention(*args, return_lse=more, return_max_scores=more)
+
+    ours = results(fused, torch.float32)
+    original, exact = (
+        results(lambda *args: formula(*args, None, 0.0, more, more), dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
     for i, found in enumerate(zip(ours, original, exact, strict=True)):
         assert_equal_under_rule(*found, f"{name}: {i}")
 
@@ -96,6 +107,74 @@ def test_a_row_without_keys_is_zero():
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
+def test_a_row_without_keys_has_no_part_in_lse():
+    def run(attend, dtype):
+        q, k, v = (t.detach().to(dtype).requires_grad_() for t in qkv())
+        made = attend(q, k, v, mask_mod=lambda b, h, q, kv: (kv < 30) & (q != 3))
+        assert (made.lse[:, :, 3] == -math.inf).all() and (made.max_scores[:, :, 3] == -math.inf).all()
+        return [*made, *torch.autograd.grad(made.lse[:, :, 3].sum() + made.lse[:, :, 4].sum(), (q, k))]
+
+    def plain(q, k, v, mask_mod):
+        return formula(q, k, v, None, mask_mod, None, 0.0, True, True)
+
+    ours = run(functools.partial(flashfuse.attention, return_lse=True, return_max_scores=True), torch.float32)
+    for found in zip(ours, run(plain, torch.float32), run(plain, torch.float64), strict=True):
+        assert_equal_under_rule(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_more_is_returned(dtype):
+    q, k, v = (t.detach() for t in qkv(dtype=dtype))
+    rows = torch.float64 if dtype == torch.float64 else torch.float32
+    for lse, maximum in ((True, False), (False, True)):
+        made = flashfuse.attention(q, k, v, return_lse=lse, return_max_scores=maximum)
+        assert isinstance(made, flashfuse.AttentionOutput)
+        assert torch.equal(made.out, flashfuse.attention(q, k, v)) or maximum
+        assert (made.lse is not None, made.max_scores is not None) == (lse, maximum)
+        found = made.lse if lse else made.max_scores
+        assert found.shape == (2, 4, 70) and found.dtype == rows
+    half = flashfuse.attention(q, k, v, lambda s, b, h, q, kv: s.to(dtype), return_lse=True)
+    assert half.lse.dtype == rows
+
+
+def test_parts_of_the_keys_merge():
+    """As in attention over several devices, each of which has some of the keys."""
+    q, k, v = qkv(kv_heads=4)
+
+    def merged(q, k, v):
+        halves = [slice(0, 30), slice(30, None)]
+        parts = [flashfuse.attention(q, k[:, :, h], v[:, :, h], return_lse=True) for h in halves]
+        total = torch.logaddexp(parts[0].lse, parts[1].lse)
+        return sum(p.out * (p.lse - total).exp()[..., None] for p in parts)
+
+    def results(run, dtype):
+        own = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = run(*own)
+        return [out, *torch.autograd.grad(out.square().sum(), own)]
+
+    def whole(q, k, v):
+        return formula(q, k, v, None, None, None, 0.0)
+
+    rows = [results(merged, torch.float32), results(whole, torch.float32), results(whole, torch.float64)]
+    for found in zip(*rows, strict=True):
+        assert_equal_under_rule(*found)
+
+
+def test_lse_is_that_before_dropout():
+    q, k, v = (t.detach() for t in qkv())
+    both = functools.partial(flashfuse.attention, return_lse=True, return_max_scores=True)
+    for dropped, plain in zip(both(q, k, v, dropout_p=0.4)[1:], both(q, k, v)[1:], strict=True):
+        torch.testing.assert_close(dropped, plain)
+
+
+def test_lse_of_finite_minima_is_not_minus_infinity():
+    least = torch.finfo(torch.float32).min
+    masked = lambda s, b, h, q, kv: torch.where(kv < q, s, least)  # noqa: E731
+    assert flashfuse.attention(*qkv(), masked).shape == (2, 4, 70, 24)
+    with pytest.raises(flashfuse.NotFusible, match=r"finite minima.*mask_mod"):
+        flashfuse.attention(*qkv(), masked, return_lse=True)
+
+
 def test_dropout_follows_the_seed():
     q, k, v = qkv()
     runs = []
@@ -107,10 +186,11 @@ def test_dropout_follows_the_seed():
     assert abs(ones.mean() - 1) < 0.05 and ones.std() > 0.01
 
 
-def test_nothing_of_the_size_of_the_scores_is_made():
+@pytest.mark.parametrize("more", [{}, {"return_lse": True, "return_max_scores": True}])
+def test_nothing_of_the_size_of_the_scores_is_made(more):
     q, k, v = (t.detach() for t in qkv(length=4096, heads=2))
     with torch.profiler.profile(profile_memory=True) as profile:
-        flashfuse.attention(q, k, v, mask_mod=lambda b, h, q, kv: (kv <= q) & (kv > q - 100))
+        flashfuse.attention(q, k, v, mask_mod=lambda b, h, q, kv: (kv <= q) & (kv > q - 100), **more)
     largest = max(event.self_cpu_memory_usage for event in profile.key_averages())
     assert largest < 4096 * 4096
 
@@ -132,6 +212,12 @@ def test_closures_and_lengths_are_not_traced_again():
     assert compilations["unique_graphs"] == before
 
 
+def test_numbers_of_heads_may_change():
+    for heads, kv_heads in ((4, 4), (4, 2), (6, 2), (2, 1)):
+        q, k, v = qkv(heads, kv_heads)
+        torch.testing.assert_close(flashfuse.attention(q, k, v), formula(q, k, v, None, None, None, 0.0))
+
+
 def test_many_functions_do_not_end_fusion():
     q, k, v = qkv()
     for i in range(2 * torch._dynamo.config.recompile_limit):
@@ -144,14 +230,19 @@ def test_many_functions_do_not_end_fusion():
 def test_in_a_compiled_function_it_is_a_site():
     def layer(x, w):
         q, k, v = (x @ w).view(2, 50, 3, 2, 8).permute(2, 0, 3, 1, 4)
-        return flashfuse.attention(q, k, v, mask_mod=lambda b, h, q, kv: kv <= q) * 2
+        made = flashfuse.attention(
+            q, k, v, mask_mod=lambda b, h, q, kv: kv <= q, return_lse=True, return_max_scores=True
+        )
+        return made.out * 2, made.lse + 1, made.max_scores.amax()
 
     x, w = torch.randn(2, 50, 16), torch.randn(16, 48)
     flashfuse.clear_reports()
-    out = torch.compile(layer, backend="flashfuse", options={"inner": "eager"})(x, w)
-    assert flashfuse.last_report().num_fused == 1
+    out, lse, highest = torch.compile(layer, backend="flashfuse", options={"inner": "eager"})(x, w)
+    (site,) = flashfuse.last_report().sites
+    assert {"out", "lse", "max"} <= set(site.check.proof.compared)
     q, k, v = (x @ w).view(2, 50, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    torch.testing.assert_close(out, formula(q, k, v, None, lambda b, h, q, kv: kv <= q, None, 0.0) * 2)
+    expected = formula(q, k, v, None, lambda b, h, q, kv: kv <= q, None, 0.0, True, True)
+    torch.testing.assert_close((out / 2, lse - 1, highest), (*expected[:2], expected[2].amax()))
 
 
 @pytest.mark.parametrize(
@@ -194,8 +285,9 @@ def test_nothing_to_attend_with_or_to(empty):
     q, k, v = (
         torch.randn(*s[:2], 0 if (i == 0) == (empty == 0) else s[2], s[3]) for i, s in enumerate(sizes)
     )
-    out = flashfuse.attention(q, k, v)
+    out, *rows = flashfuse.attention(q, k, v, return_lse=True, return_max_scores=True)
     assert out.shape == (2, 4, q.shape[2], 24) and (out == 0).all()
+    assert all(t.shape == (2, 4, q.shape[2]) and (t == -math.inf).all() for t in rows)
 
 
 @pytest.mark.parametrize(
