@@ -4,7 +4,7 @@
 
 over the keys, and the sink where it is one more column of what is normalised.  The operator computes both on
 its way, so that a ``logsumexp`` or ``amax`` of the scores that a softmax reads costs nothing and needs no
-scores.  The operator's maximum has no gradient: one is only taken where the graph lets none through.
+scores.  The operator's maximum has no gradient: one is only taken where ``detach`` or ``no_grad`` says so.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _results(
         if part is None or part.name != "getitem" or part.args["index"] != 0:
             return
         through = (*through, values)
-    if detached or _lets_no_gradient_through(values):
+    if detached:
         yield RowResult(values, at, "max", node, True), through
         return
     off = [user for user in values.users if (read := dialect.read(user)) and read.name == "detach"]
@@ -130,12 +130,6 @@ def _sources(softmax: Softmax) -> Iterator[fx.Node]:
 def _widens(before: fx.Node, after: fx.Node) -> bool:
     old, new = nodes.value(before).dtype, nodes.value(after).dtype
     return bool(new.is_floating_point and torch.promote_types(old, new) == new)
-
-
-def _lets_no_gradient_through(node: fx.Node) -> bool:
-    """Where Dynamo says so, which traces again where that changes; other examples need not know."""
-    example = node.meta.get("example_value")
-    return isinstance(example, torch.Tensor) and not example.requires_grad
 
 
 def _is_whole(found: RowResult, lift: Lift) -> bool:

@@ -123,7 +123,7 @@ class Runner:
         if not isinstance(x, FieldTensor):
             raise NotProvable("a maximum of something that is no score")
         (dim,) = dim if isinstance(dim, (list, tuple)) else (dim,)
-        top = FieldTensor.of(x.value.largest(dim, bool(op.get("keepdim", False))), x.dtype, {})
+        top = _Maximum.apply(x, dim, bool(op.get("keepdim", False)))  # type: ignore[no-untyped-call]
         return top if op.name == "amax" else (top, None)
 
     def keep(self, weights: Value, rate: float) -> Tensor:
@@ -212,6 +212,18 @@ class Runner:
             states = block_states(captures, ints, device, (B, H, Sq, Skv), program, self.blocks)
         assert EMPTY == 0
         return states, states.transpose(-1, -2)
+
+
+class _Maximum(torch.autograd.Function):
+    """``Value.largest``, through which no gradient may go: a fused maximum has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: FieldTensor, dim: int, keepdim: bool) -> FieldTensor:  # type: ignore[override]
+        return FieldTensor.of(x.value.largest(dim, keepdim), x.dtype, {})
+
+    @staticmethod
+    def backward(ctx: Any, grad: FieldTensor) -> Any:  # type: ignore[override]
+        raise NotProvable("the gradient of a maximum")
 
 
 class _Attention(torch.autograd.Function):
