@@ -1,5 +1,6 @@
 """The Triton kernels on a real GPU: shapes, dtypes, programs and corner cases against float64."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -143,6 +144,34 @@ def test_equal_under_rule(case):
     run_case(triton_attention(), case, "cuda")
 
 
+def with_results_of_rows():
+    for program, captures, grads in PROGRAMS:
+        # Where a row is all finite minima the gradient of its logsumexp has lost the logarithm.
+        if captures is not hostile_bias:
+            yield make(
+                program, captures, grads, sizes=(2, 6, 200, 333), kv_heads=2, dims=(64, 64), dtype=BF16
+            )
+            yield make(program, captures, grads, sizes=(2, 3, 150, 129), kv_heads=1, dims=(40, 40), dtype=F32)
+    for program, captures, grads in [CAUSAL, *PROGRAMS[3:6], PROGRAMS[7], ALIBI, *SINKS]:
+        yield make(
+            program,
+            captures,
+            grads,
+            sizes=(1, 4, 257, 257),
+            kv_heads=2,
+            dims=(128, 128),
+            dtype=F16,
+            dropout_p=0.2,
+        )
+    yield make(SCALE, None, (), sizes=(1, 3, 64, 1), dims=(64, 64), dtype=BF16)
+    yield make(SCALE, None, (), sizes=(2, 4, 0, 5), kv_heads=4, dtype=BF16)
+
+
+@pytest.mark.parametrize("case", list(with_results_of_rows()), ids=str)
+def test_lse_has_a_gradient_and_the_maximum_is_told(case):
+    run_case(triton_attention(), dataclasses.replace(case, aux=True), "cuda")
+
+
 LAST = f"{SCALE} where kv <= q + Skv - Sq"
 FEW_QUERIES = [
     *PROGRAMS,
@@ -176,6 +205,14 @@ def few_queries():
 @pytest.mark.parametrize("case", list(few_queries()), ids=lambda case: f"{case}|{case.layout}")
 def test_few_queries_are_equal_under_rule(case):
     run_case(triton_attention(), case, "cuda", draws=3, forward_only=True)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("program", FEW_QUERIES, ids=lambda program: program[0])
+def test_few_queries_tell_the_maximum(program, dtype):
+    if program[1] is not hostile_bias:
+        case = make(*program, sizes=(2, 6, 5, 1333), kv_heads=2, dims=(64, 64), dtype=dtype, aux=True)
+        run_case(triton_attention(), case, "cuda", draws=3)
 
 
 def test_few_queries_run_in_splits_of_the_keys():

@@ -89,6 +89,26 @@ def test_either_kernel_goes_with_either(no_other, sizes, layout, text):
             assert (a.float() - b.float()).norm() < 0.02 * b.float().norm(), name
 
 
+def test_what_cudnn_does_not_know_is_ours(monkeypatch):
+    """A gradient of lse, and the maximum."""
+    from flashfuse.kernels import triton_attention
+
+    torch.manual_seed(0)
+    q, k, v, do = tensors((2, 4, 512, 64))
+    program = ScoreProgram.parse(CAUSAL)
+    rest = ((), (), (), None, program, 0.0)
+    out, lse = native.forward(q, k, v, *rest)
+    assert native._WORKS
+    monkeypatch.setattr(native, "_WORKS", {})
+    dlse, highest, again = (torch.randn_like(lse) for _ in range(3))
+    ours = triton_attention.backward(do, q, k, v, out, lse, *rest, (), dlse)
+    for a, b in zip(native.backward(do, q, k, v, out, lse, *rest, (), dlse), ours, strict=True):
+        assert torch.equal(a, b)
+    native.forward(q, k, v, *rest, highest)
+    triton_attention.forward(q, k, v, *rest, again)
+    assert torch.equal(highest, again) and not native._WORKS
+
+
 @pytest.mark.parametrize("other", ["bhsd", "expanded", "bshd"])
 def test_plans_of_the_users_own_calls_are_not_taken(no_other, other):
     """A gradient that lies otherwise in a call of SDPA, before ours, of tensors that lie alike."""
