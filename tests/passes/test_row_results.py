@@ -1,5 +1,6 @@
 """logsumexp and the maximum of a site's scores: taken from the operator and proved with it, or left."""
 
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from flashfuse.passes import dialect
 from flashfuse.passes.find import find_regions
 from flashfuse.passes.plan import plan
 from flashfuse.proof.prove import emitted, prove_replacement
+from flashfuse.proof.tiled import Tiled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -305,3 +307,46 @@ def test_a_training_step_that_uses_all():
     runs += [loss(of_rows_without_a_key, d) for d in (torch.float32, torch.float64)]
     for found in zip(*runs, strict=True):
         assert_equal_under_rule(*found)
+
+
+class NoGradientOfLse(Tiled):
+    def backward(self, do, out, m, l, dlse=None):
+        return super().backward(do, out, m, l)
+
+
+class OtherSign(Tiled):
+    def backward(self, do, out, m, l, dlse=None):
+        return super().backward(do, out, m, l, None if dlse is None else -dlse)
+
+
+class WithoutTheMaximum(Tiled):
+    def log_sum_exp(self, m, l):
+        return super().log_sum_exp(m * 0, l)
+
+
+class OfOtherKeys(Tiled):
+    def largest_of_rows(self, rows):
+        return Tiled.largest_of_rows(dataclasses.replace(self, k=self.k * 2), rows)
+
+
+class BeforeTheMask(Tiled):
+    def largest(self):
+        program = dataclasses.replace(self.program, mask=None)
+        return Tiled.largest(dataclasses.replace(self, program=program, captures=()))
+
+
+class DeadRowsOfZero(Tiled):
+    def log_sum_exp(self, m, l):
+        lse = super().log_sum_exp(m, l)
+        lse.level = lse.level * 0
+        return lse
+
+
+MODELS = (Tiled, NoGradientOfLse, OtherSign, WithoutTheMaximum, OfOtherKeys, BeforeTheMask, DeadRowsOfZero)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_wrong_kernels_are_caught(model):
+    fuse = fused(of_rows_without_a_key)
+    certificate = prove_replacement(fuse.region, emitted(fuse), model=model)
+    assert certificate.ok == (model is Tiled)
