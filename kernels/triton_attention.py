@@ -63,22 +63,21 @@ def forward(
     kv_map = None if every_key else site.maps(maps, captures, ints, q.device)[0]
     ptrs = tuple(captures)
     aligned = is_aligned(q, k, v, *ptrs)
-    # Launches are kept by name, for the same arguments but for other tensors.
-    with_max = "" if highest is None else " with maximum"
     if site.splits:
         parts = lse.new_empty((lse.numel() * site.splits, site.v_dim + 8))
         with on_device(q.device):
             make = functools.partial(site.make_split, kv_map)
             site.launches.run("split", aligned, make, q, k, v, parts, kv_map, ptrs)
-            combine = f"combine{with_max}"
-            site.launches.run(combine, aligned, site.make_combine, parts, v, out, lse, highest, ptrs)
+            name = "combine" if highest is None else "combine with maximum"
+            site.launches.run(name, aligned, site.make_combine, parts, v, out, lse, highest, ptrs)
         return out, lse
     mean = v.mean(2, dtype=torch.float32).contiguous() if site.averages and not site.dropout else None
     with on_device(q.device):
         ends = site.ends(captures, aligned)
         make = functools.partial(site.make_forward, kv_map)
-        tensors = (q, k, v, out, lse, highest, kv_map, seed, mean, ends, ptrs)
-        site.launches.run(f"forward{with_max}", aligned, make, *tensors)
+        # A launch is kept by name, for the same kinds of arguments.
+        name = "forward" if highest is None else "forward with maximum"
+        site.launches.run(name, aligned, make, q, k, v, out, lse, highest, kv_map, seed, mean, ends, ptrs)
         if site.averages and site.dropout:
             site.launches.run("dead_rows", aligned, site.make_dead_rows, v, out, lse, seed)
     return out, lse
