@@ -6,8 +6,9 @@
 
 First a covering array, in which any three values of different axes meet, then random points of the whole grid
 until the time is used.  Most of it goes into compiling: every job is a process that compiles its own points,
-on one of the GPUs, and points that share kernels go to one job.  ``--part i/n`` takes the i-th of n equal parts of both, so that
-the whole can be run in pieces.  A point that fails, hangs or takes its process down is a line in the result.
+on one of the GPUs, and points that share kernels go to one job.  ``--part i/n`` takes the i-th of n equal
+parts of both, so that the whole can be run in pieces.  A point that fails, hangs or takes its process down is
+a line in the result.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ CAPTURES: dict[str, Callable[[int, int, int, int], Tensor]] = {
     "pad": lambda b, h, sq, skv: (torch.arange(skv) >= _starts(b, skv)) & (torch.arange(skv) < _ends(b, skv)),
     "alive": _alive,
     "bias": lambda b, h, sq, skv: torch.randn(1, h, sq, skv),
-    "table": lambda b, h, sq, skv: torch.randn(h, sq + skv - 1),
+    "table": lambda *n: torch.randn(n[1], BUCKETS)[:, _bucket(*n)],
     "slope": lambda b, h, sq, skv: 2.0 ** -torch.arange(1, h + 1),
     "sinks": _sinks,
     "near": lambda b, h, sq, skv: torch.randn(h, sq, BUCKETS),
