@@ -163,9 +163,11 @@ class Emitter:
             return Left(
                 region, (Reason("emit", f"the replacement could not be built: {error}", region.source),)
             )
+        of_rows = {r.node for r in region.row_results}
         for node, result in results.items():
             # A row's maximum may be what the site's own nodes, which stand before it, are shifted by.
-            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in region.interior)
+            own = set(region.interior if node in of_rows else ())
+            node.replace_all_uses_with(result, delete_user_cb=functools.partial(_is_other, own))
             self.replaced.setdefault(node, result)
         return plan
 
@@ -423,6 +425,10 @@ class Emitter:
             return self.call("contiguous", out)
         copied = self.call("contiguous", self.call("permute", out, order))
         return self.call("permute", copied, [order.index(d) for d in range(original.ndim)])
+
+
+def _is_other(own: set[fx.Node], user: fx.Node) -> bool:
+    return user not in own
 
 
 def _is_order_of(original: torch.Tensor, order: Sequence[int]) -> bool:

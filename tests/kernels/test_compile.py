@@ -159,9 +159,9 @@ def compiled(monkeypatch, tmp_path):
 
 
 def _jit_functions():
-    from flashfuse.kernels import backward, block_map_triton, decode, dropout, forward
+    from flashfuse.kernels import backward, block_map_triton, decode, dropout, forward, tables
 
-    for module in (backward, block_map_triton, decode, dropout, forward):
+    for module in (backward, block_map_triton, decode, dropout, forward, tables):
         yield from (f for f in vars(module).values() if hasattr(f, "device_caches"))
 
 
