@@ -57,7 +57,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"flashfuse.{_HOMES[name]}"), name)
+        # Kept, so that it is found without this function from now on.
+        globals()[name] = found = getattr(importlib.import_module(f"flashfuse.{_HOMES[name]}"), name)
+        return found
     raise AttributeError(f"module 'flashfuse' has no attribute {name!r}")
 
 

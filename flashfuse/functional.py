@@ -11,10 +11,12 @@ import torch._dynamo
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 
-from flashfuse import pipeline
+from flashfuse import pipeline, recall
 from flashfuse.api import counted_apart
+from flashfuse.kernels import kept_maps
 from flashfuse.options import Options
 from flashfuse.passes import dialect
+from flashfuse.passes.nodes import live
 from flashfuse.report import SiteReport
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -102,8 +104,9 @@ def attention(
         return_max_scores: return ``max_scores`` as well, of which no gradient is taken.
 
     Returns:
-        [B, H, Sq, Dv] of the dtype of ``query``; an :class:`AttentionOutput` where more is asked for, with
-        [B, H, Sq] of float32, or float64 for float64.
+        [B, H, Sq, Dv] of the dtype of ``query``, laid out as [B, Sq, H, Dv], which is what models reshape
+        next.  As with ``scaled_dot_product_attention``, the backward needs it as it is: do not write to it.
+        An :class:`AttentionOutput` where more is asked for, with [B, H, Sq] of float32 (float64 for float64).
 
     Raises:
         NotFusible: a function computes what the kernels cannot, such as a sort; the message says what.
@@ -115,15 +118,21 @@ def attention(
     more = return_lse, return_max_scores
     if torch.compiler.is_compiling():
         return formula(query, key, value, score_mod, mask_mod, scale, dropout_p, *more)
+    tensors = query, key, value
+    known = None if any(more) else recall.key(tensors, (score_mod, mask_mod), (scale, dropout_p))
+    again = recall.find(known)
+    if again is not None:
+        return again(tensors)
     _check(query, key, value, dropout_p)
     if 0 in (*query.shape, *value.shape):
         return formula(query, key, value, score_mod, mask_mod, scale, dropout_p, *more)
     # Numbers of heads that change from call to call would become symbols, of which groups are not known.
     widths = (query.shape[1], query.shape[3], key.shape[1], value.shape[3])
     run = _compiled(score_mod, mask_mod, (*more, *widths), query)
+    recall.forget()
     # Dynamo wraps what a backend raises, and its own refusals, in pages that say nothing to the caller.
     try:
-        return run(query, key, value, score_mod, mask_mod, scale, dropout_p, *more)
+        out = run(query, key, value, score_mod, mask_mod, scale, dropout_p, *more)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, NotFusible):
             raise error.inner_exception from None
@@ -131,6 +140,8 @@ def attention(
     except (Unsupported, FailOnRecompileLimitHit) as error:
         reason = str(error).strip().partition("\n")[0]
         raise NotFusible(f"score_mod or mask_mod could not be traced: {reason}") from error
+    recall.keep(known, tensors, out)
+    return out
 
 
 def formula(
@@ -229,7 +240,27 @@ def _fused(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     if any(op.name in ("logsumexp", "amax") for op in operations):
         notes = (note for note in report.sites[0].notes if "of the scores stays as it is" in note)
         raise NotFusible(f"not fusible: {next(notes, 'a result of the rows')}; mask in mask_mod instead")
-    return rewritten
+    _lighten(rewritten)
+    return recall.noted(rewritten)
+
+
+def _lighten(gm: fx.GraphModule) -> None:
+    """Take out of ``gm``, of which each node costs time at each call, what the operator does not need."""
+    graph = gm.graph
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    for node in output.all_input_nodes:
+        # The layout of the formula's output: of this function nobody expects it.
+        if node.op == "call_method" and node.target == "contiguous" and len(node.users) == 1:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+    for node in graph.nodes:
+        if node.target is torch.ops.flashfuse.block_map.default:
+            node.target = kept_maps.block_map
+    needed = live(graph)
+    for node in reversed(graph.nodes):
+        # Such as b and h, if neither the score nor the mask reads them.
+        if node not in needed and node.op != "placeholder":
+            graph.erase_node(node)
+    gm.recompile()
 
 
 def _why(sites: Sequence[SiteReport]) -> str:

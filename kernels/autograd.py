@@ -29,6 +29,16 @@ _PLAIN = frozenset(DispatchKeySet(key).raw_repr() for key in (DispatchKey.CPU, D
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
+def is_plain(*tensors: Tensor) -> bool:
+    """No trace, fake tensor, mode or transform stands between an operator on ``tensors`` and their device."""
+    if torch.compiler.is_compiling():
+        return False
+    keyset = torch._C._dispatch_tls_local_include_set()
+    for tensor in tensors:
+        keyset = keyset | torch._C._dispatch_keys(tensor)
+    return keyset.raw_repr() & _TO_LOOK_AT in _PLAIN
+
+
 def register(
     library: torch.library.Library,
     name: str,
@@ -78,12 +88,11 @@ def backward_of(op: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[
     """
 
     def call(plain: bool, saved: Sequence[Tensor | None], gradient: Tensor, *rest: Any) -> Any:
-        if plain and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            keyset = torch._C._dispatch_tls_local_include_set() | torch._C._dispatch_keys(gradient)
-            # Hooks on saved tensors may have given back tensors of another type.
-            if keyset.raw_repr() & _TO_LOOK_AT in _PLAIN and _ORDINARY.issuperset(map(type, saved)):
-                with torch._C._AutoDispatchBelowAutograd():
-                    return kernel(gradient, *rest)
+        # Hooks on saved tensors may have given back tensors of another type.
+        ordinary = plain and _ORDINARY.issuperset(map(type, saved))
+        if ordinary and not torch.is_grad_enabled() and is_plain(gradient):
+            with torch._C._AutoDispatchBelowAutograd():
+                return kernel(gradient, *rest)
         return op(gradient, *rest)
 
     return call
