@@ -250,8 +250,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: FieldTensor | None, dlse: FieldTensor | None, _: None) -> tuple[Any, ...]:  # type: ignore[override]
         slope = ctx.site.zeros(ctx.out.shape) if do is None else do.value
-        of_lse = None if dlse is None else dlse.value
-        grads = ctx.site.backward(slope, ctx.out, ctx.m, ctx.l, of_lse)
+        of_lse = () if dlse is None else (dlse.value,)
+        grads = ctx.site.backward(slope, ctx.out, ctx.m, ctx.l, *of_lse)
         made = [
             FieldTensor.of(g, dtype, {}) if wanted and g is not None else None
             for g, wanted, dtype in zip(grads, ctx.wanted, ctx.dtypes, strict=True)
