@@ -199,7 +199,7 @@ def _compiled(
 
     ``fixed`` numbers do not.
     """
-    code = (getattr(score_mod, "__code__", score_mod), getattr(mask_mod, "__code__", mask_mod), *fixed)
+    code = (*_identity(score_mod), *_identity(mask_mod), *fixed)
     if code not in _runs:
         _try(score_mod, mask_mod, like)
         if len(_runs) == _MOST_RUNS:
@@ -207,6 +207,14 @@ def _compiled(
         name = "formula_" + "_".join(map(str, fixed))
         _runs[code] = torch.compile(counted_apart(formula, name), backend=_fused, fullgraph=True)
     return _runs[code]
+
+
+def _identity(function: Any) -> tuple[Any, ...]:
+    """The code, and the defaults of arguments: PyTorch 2.11 does not see that they are others."""
+    defaults = getattr(function, "__defaults__", None) or ()
+    named = getattr(function, "__kwdefaults__", None) or {}
+    given = ((type(x), x) for x in (*defaults, *named.values()) if isinstance(x, (int, float, str, Tensor)))
+    return getattr(function, "__code__", function), tuple(given)
 
 
 @torch.no_grad()
