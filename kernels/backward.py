@@ -23,7 +23,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import LOG2E, as_written, dot_add, dot_rows, keep_draw, sink_of_rows
+from flashfuse.kernels.device_math import (
+    LOG2E,
+    as_written,
+    dot_rows,
+    dot_sum,
+    keep_draw,
+    sink_of_rows,
+    zeros_beside,
+)
 from flashfuse.kernels.forward import (
     count_ends,
     count_ends_of_range,
@@ -212,7 +220,7 @@ def _load_stats_of_columns(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dkdv_tile(  # type: ignore[no-untyped-def]
-    dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, kv_first, b, h, Sq,
+    dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, kv_first, b, h, Sq,
     Skv,
     ptrs, nums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
@@ -246,17 +254,17 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     dp = dot_rows(v, do, PRECISION)  # [BN, BM]
     if DROPOUT:
         keep = tl.trans(keep_draw(seed, bh, start, kv_first, BM, BN)) >= threshold
-        dv = dot_add(as_written(tl.where(keep, p, 0.0)).to(do.dtype), do, dv, PRECISION)
+        dv, dv_low = dot_sum(as_written(tl.where(keep, p, 0.0)).to(do.dtype), do, dv, dv_low, PRECISION)
         dp = tl.where(keep, dp, 0.0) * drop_scale
     else:
-        dv = dot_add(p.to(do.dtype), do, dv, PRECISION)
+        dv, dv_low = dot_sum(p.to(do.dtype), do, dv, dv_low, PRECISION)
     ds = p * (dp - delta[None, :])
     if DSCORE is not None:
         ds = ds * DSCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
         if MASK is not None:
             ds = tl.where(allowed, ds, 0.0)
-    dk = dot_add(ds.to(q.dtype), q, dk, PRECISION)
-    return dk, dv
+    dk, dk_low = dot_sum(ds.to(q.dtype), q, dk, dk_low, PRECISION)
+    return dk, dv, dk_low, dv_low
 
 
 @triton.jit(
@@ -299,6 +307,9 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
         seed = tl.load(Seed)
     dk = tl.zeros([BN, D_PAD], tl.float32)
     dv = tl.zeros([BN, DV_PAD], tl.float32)
+    # For wide heads there are no registers left for both; dv is the one without differences in it.
+    dk_low = zeros_beside(dk, PRECISION == "ieee" and D_PAD <= 128)
+    dv_low = zeros_beside(dv, PRECISION == "ieee")
     for g in range(0, GROUP):
         h = kvh * GROUP + g
         bh = b * H + h
@@ -317,8 +328,8 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
             num_tiles = partial * (BLOCK // BM)
             start = tile_start(Row + 2, 0, num_tiles, BM, BLOCK)
             for i in range(0, num_tiles):
-                dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv,
+                dk, dv, dk_low, dv_low = _dkdv_tile(
+                    dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv,
                     first, b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
@@ -332,8 +343,9 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                 num_tiles = (before + after) * (BLOCK // BM)
                 start = tile_of_ends(Full, 0, full, before, after, BM, BLOCK)
                 for i in range(0, num_tiles):
-                    dk, dv = _dkdv_tile(
-                        dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
+                    dk, dv, dk_low, dv_low = _dkdv_tile(
+                        dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first,
+                        b, h,
                         Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
                         FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, FLAT,
                     )  # fmt: skip
@@ -342,8 +354,9 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
             Full += before
             start = tile_start(Full, 0, num_tiles, BM, BLOCK)
             for i in range(0, num_tiles):
-                dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
+                dk, dv, dk_low, dv_low = _dkdv_tile(
+                    dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first,
+                    b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                 )  # fmt: skip
@@ -353,8 +366,9 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                 rows = start + tl.arange(0, BM)
                 dead = tl.load(stats_base + rows * WIDTH, mask=rows < Sq, other=0.0) == float("inf")
                 if tl.max(dead.to(tl.int32), 0) > 0:
-                    dk, dv = _dkdv_tile(
-                        dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
+                    dk, dv, dk_low, dv_low = _dkdv_tile(
+                        dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first,
+                        b, h,
                         Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
                         FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                     )  # fmt: skip
@@ -365,14 +379,16 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                 before, after = count_ends_of_range(whole, (most + 1) // BM - 1, (least + BM - 1) // BM)
                 for i in range(0, before + after):
                     start = tl.where(i < before, i, i + whole - before - after) * BM
-                    dk, dv = _dkdv_tile(
-                        dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
+                    dk, dv, dk_low, dv_low = _dkdv_tile(
+                        dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first,
+                        b, h,
                         Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
                         FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, FLAT,
                     )  # fmt: skip
             for start in range(before * BM, (whole - after) * BM, BM):
-                dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first, b, h,
+                dk, dv, dk_low, dv_low = _dkdv_tile(
+                    dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first,
+                    b, h,
                     Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
                 )  # fmt: skip
@@ -453,7 +469,7 @@ def ds_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dq_tile(  # type: ignore[no-untyped-def]
-    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
+    dq, low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
     ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
@@ -474,7 +490,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
         ds = ds * DSCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
         if MASK is not None:
             ds = tl.where(allowed, ds, 0.0)
-    return dot_add(ds.to(k.dtype), k, dq, PRECISION)
+    return dot_sum(ds.to(k.dtype), k, dq, low, PRECISION)
 
 
 @triton.jit(
@@ -518,6 +534,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
     if DROPOUT:
         seed = tl.load(Seed)
     dq = tl.zeros([BM, D_PAD], tl.float32)
+    dq_low = zeros_beside(dq, PRECISION == "ieee")
     keys = Skv
     if UNIFORM:
         dead = in_range & (lse == float("inf"))
@@ -532,8 +549,9 @@ def backward_dq(  # type: ignore[no-untyped-def]
         num_tiles = partial * (BLOCK // BN)
         start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
-            dq = _dq_tile(
-                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+            dq, dq_low = _dq_tile(
+                dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h,
+                Sq, Skv,
                 ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, ACCUMULATE, SCALE, FOLDED,
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
@@ -547,8 +565,9 @@ def backward_dq(  # type: ignore[no-untyped-def]
             num_tiles = (before + after) * (BLOCK // BN)
             start = tile_of_ends(Full, 0, full, before, after, BN, BLOCK)
             for i in range(0, num_tiles):
-                dq = _dq_tile(
-                    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+                dq, dq_low = _dq_tile(
+                    dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h,
+                    Sq, Skv,
                     ptrs, nums, gptrs,
                     gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM, FLAT,
@@ -558,8 +577,9 @@ def backward_dq(  # type: ignore[no-untyped-def]
         Full += before
         start = tile_start(Full, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
-            dq = _dq_tile(
-                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+            dq, dq_low = _dq_tile(
+                dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h,
+                Sq, Skv,
                 ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM,
@@ -572,23 +592,26 @@ def backward_dq(  # type: ignore[no-untyped-def]
             before, after = count_ends_of_range(keys // BN, (most + 1) // BN - 1, (least + BN - 1) // BN)
             for i in range(0, before + after):
                 start = tl.where(i < before, i, i + keys // BN - before - after) * BN
-                dq = _dq_tile(
-                    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+                dq, dq_low = _dq_tile(
+                    dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h,
+                    Sq, Skv,
                     ptrs, nums, gptrs,
                     gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
                     D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM, FLAT,
                 )  # fmt: skip
         for start in range(before * BN, whole - after * BN, BN):
-            dq = _dq_tile(
-                dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+            dq, dq_low = _dq_tile(
+                dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h,
+                Sq, Skv,
                 ptrs, nums, gptrs,
                 gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
                 D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM,
             )  # fmt: skip
         if not EVEN:  # noqa: SIM102 (known when compiled; the inner one is not)
             if whole < keys:
-                dq = _dq_tile(
-                    dq, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first, rows, b, h, Sq, Skv,
+                dq, dq_low = _dq_tile(
+                    dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first, rows, b, h,
+                    Sq, Skv,
                     ptrs, nums,
                     gptrs, gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE,
                     FOLDED,

@@ -62,6 +62,26 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def dot_sum(a, b, acc, low, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(acc, low) + a b, where ``low`` is what rounding has taken from acc (Kahan's summation).
+
+    A sum over thousands of tiles is a chain of so many additions, where libraries add in a tree.
+    """
+    if low.shape[0] == 1:
+        return dot_add(a, b, acc, PRECISION), low
+    else:
+        part = tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1) - low
+        total = acc + part
+        return total, (total - acc) - part
+
+
+@triton.jit
+def zeros_beside(acc, KEPT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first ``low`` of :func:`dot_sum`; unless KEPT a number that stays as it is."""
+    return tl.zeros_like(acc) if KEPT else tl.zeros([1, 1], tl.float32)
+
+
+@triton.jit
 def dot_rows(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """a bᵀ [M, N] of a [M, K] and b [N, K].
 
@@ -70,7 +90,7 @@ def dot_rows(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     M: tl.constexpr = a.shape[0]
     N: tl.constexpr = b.shape[0]
     K: tl.constexpr = a.shape[1]
-    if PRECISION == "ieee" and K > 128:
+    if PRECISION == "ieee" and K > 32:
         PARTS: tl.constexpr = K // 32
         parts_a = tl.permute(tl.reshape(a, [M, PARTS, 32]), (1, 0, 2))
         parts_b = tl.permute(tl.reshape(b, [N, PARTS, 32]), (1, 2, 0))
@@ -126,7 +146,10 @@ def load_scattered(ptrs):  # type: ignore[no-untyped-def]
     have to go, and room in shared memory.  Entries of a small table come from the cache in any order.
     """
     if not ptrs.type.is_block():
-        return tl.load(ptrs).to(tl.float32)
+        value = tl.load(ptrs)
+        if value.dtype.is_floating():
+            value = value.to(tl.float32)
+        return value if value.dtype == tl.int1 else widened(value)
     elif ptrs.dtype.element_ty == tl.float32:
         return tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];", "=f,l", [ptrs], dtype=tl.float32, is_pure=True, pack=1
