@@ -30,6 +30,7 @@ from flashfuse.kernels.device_math import (
     dot_sum,
     keep_draw,
     sink_of_rows,
+    sum_up,
     zeros_beside,
 )
 from flashfuse.kernels.forward import (
@@ -126,11 +127,11 @@ def backward_rows(  # type: ignore[no-untyped-def]
             seed = 0
             if DROPOUT:
                 seed = tl.load(Seed)
-            weighted = tl.zeros([BM], tl.float32)
+            weighted, weighted_low = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         rows = tl.minimum(first + local, Sq - 1)
         k_base = K + b64 * skb + kvh64 * skh
         v_base = V + b64 * svb + kvh64 * svh
-        total = tl.zeros([BM], tl.float32)
+        total, total_low = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         for i in range(0, (Skv + BN - 1) // BN):
             start = tl.cast(i, tl.int32) * BN
             offset = start.to(tl.int64) * 8
@@ -146,14 +147,14 @@ def backward_rows(  # type: ignore[no-untyped-def]
             if MASK is not None:
                 allowed = allowed & MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
             p = tl.where(allowed, _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, False), 0.0)
-            total += tl.sum(p, 1)
+            total, total_low = sum_up(total, total_low, tl.sum(p, 1))
             if EXACT:
                 v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, True)
                 dp = dot_rows(do, v, PRECISION)
                 if DROPOUT:
                     keep = keep_draw(seed, bh, first, start, BM, BN) >= threshold
                     dp = tl.where(keep, dp * drop_scale, 0.0)
-                weighted += tl.sum(p * dp, 1)
+                weighted, weighted_low = sum_up(weighted, weighted_low, tl.sum(p * dp, 1))
         if SINK is not None:
             sink = sink_of_rows(b, h, rows, Sq, Skv, ptrs, nums, SINK, FOLDED, BM)
             total += _weights(sink, lse, norm, Skv, FOLDED, False)

@@ -62,17 +62,24 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def dot_sum(a, b, acc, low, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(acc, low) + a b, where ``low`` is what rounding has taken from acc (Kahan's summation).
+def sum_up(total, low, part):  # type: ignore[no-untyped-def]
+    """(total + part, low), where ``low`` is what rounding has taken from the sum (Kahan's summation).
 
     A sum over thousands of tiles is a chain of so many additions, where libraries add in a tree.
     """
+    part = part - low
+    result = total + part
+    return result, (result - total) - part
+
+
+@triton.jit
+def dot_sum(a, b, acc, low, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """:func:`sum_up` of the product a b, where ``low`` is as large as acc; else the product is added."""
     if low.shape[0] == 1:
         return dot_add(a, b, acc, PRECISION), low
     else:
-        part = tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1) - low
-        total = acc + part
-        return total, (total - acc) - part
+        product = tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+        return sum_up(acc, low, product)
 
 
 @triton.jit
