@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from flashfuse.kernels.block_map import BLOCK, block_count
-from flashfuse.kernels.codegen import CaptureType, Names, Printer, capture_type, generate, load_module, render
+from flashfuse.kernels.codegen import generate, load_module, render
 from flashfuse.kernels.expr import variables, walk
 from flashfuse.kernels.interval import bounds, needs_elements
 from flashfuse.kernels.launch import Launch, Launches, on_device
+from flashfuse.kernels.printer import CaptureType, Names, Printer, capture_type
 from flashfuse.kernels.spec import ScoreProgram
 
 

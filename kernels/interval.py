@@ -16,7 +16,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flashfuse.kernels.codegen import kind_of
 from flashfuse.kernels.expr import (
     COMPARISONS,
     FALSE,
@@ -48,6 +47,7 @@ from flashfuse.kernels.expr import (
     walk,
     where,
 )
+from flashfuse.kernels.printer import kind_of
 
 Bound = tuple["Expr | None", "Expr | None"]
 """Least and greatest value; ``None`` is unbounded."""
@@ -125,7 +125,7 @@ def _loads_both(load: Expr) -> bool:
 
 
 def bounds(mask: Expr, kinds: Mapping[str, str], blocks: Blocks = BLOCKS) -> BlockBounds:
-    """The two block conditions of ``mask``; ``kinds`` as for ``codegen.kind_of``.
+    """The two block conditions of ``mask``; ``kinds`` as for ``printer.kind_of``.
 
     Blocks start at multiples of their sizes.
     """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flashfuse.kernels.codegen import CaptureType, capture_type
+from flashfuse.kernels.printer import CaptureType, capture_type
 
 
 def is_aligned(*tensors: Tensor) -> bool:

@@ -7,9 +7,9 @@ import torch
 from tolerance import assert_equal_under_rule
 
 from flashfuse.kernels import codegen
-from flashfuse.kernels.codegen import CaptureType, capture_type, kind_of, literal
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import ONE, ZERO, S, const, load, parse, var
+from flashfuse.kernels.printer import CaptureType, Names, Printer, capture_type, kind_of, literal
 from flashfuse.kernels.reference import evaluate
 from flashfuse.kernels.spec import ScoreProgram
 
@@ -128,7 +128,7 @@ def test_what_the_kernels_need_not_compute(text, scale, dscale, folded):
 
 def test_every_operation_is_printed():
     """Text of the generated code for the operations that have a rule of their own."""
-    names = codegen.Names(
+    names = Names(
         ScoreProgram.parse("x[h] + i[b] + n"),
         (CaptureType("float", "1", False), CaptureType("int", "1", True)),
     )
@@ -140,7 +140,7 @@ def test_every_operation_is_printed():
         "not (x[h] <= 1.0)": "t1 == 0",
         "i[b]": "widened(tl.load(ptrs[1] + (b.to(tl.int64))))",
     }.items():
-        printer = codegen.Printer(names)
+        printer = Printer(names)
         printer.text(parse(text))
         assert any(line.endswith(f" = {expected}") for line in printer.lines), (text, printer.lines)
 
@@ -156,7 +156,7 @@ def test_modules_are_kept_by_their_source():
 
 def test_conditions_count_as_numbers_in_sums():
     program = ScoreProgram.parse("s + ((kv <= q) + (q < 3) + kv)*0.5")
-    printer = codegen.Printer(codegen.Names(program, ()))
+    printer = Printer(Names(program, ()))
     printer.text(program.score)
     (total,) = [line for line in printer.lines if "(kv)" in line]
     assert total.count(".to(tl.int32)") == 2
