@@ -169,11 +169,11 @@ def buckets(b, h, sq, skv):
 def of_row(b, h, sq, skv):
     return [torch.randn(41)[torch.arange(1 - sq, skv).clamp(-20, 20) + 20]]
 for case in [
-    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q", sizes=(1, 2, 300, 300), captures=buckets),
-    dict(program="s*0.158 + t[h, kv - q + Sq - 1]", sizes=(2, 2, 140, 270), captures=buckets, kv_heads=2),
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q", sizes=(1, 1, 300, 300), captures=buckets),
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1]", sizes=(1, 2, 90, 270), captures=buckets, kv_heads=2),
     dict(program="s*0.1 + 2.0*t[kv - q + Sq - 1] where pad[b, kv] else uniform",
-         sizes=(2, 1, 260, 270), captures=lambda *n: [*of_row(*n), *left_pad(*n)], dropout_p=0.2),
-    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv >= q - 3 sink x[h]", sizes=(1, 2, 300, 290),
+         sizes=(1, 1, 140, 270), captures=lambda *n: [*of_row(*n), *left_pad(*n)], dropout_p=0.2),
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv >= q - 3 sink x[h]", sizes=(1, 1, 140, 290),
          captures=lambda *n: [*buckets(*n), *sinks(*n)], dtype=torch.float16),
 ]:
     case = Case(**case, grads=(0,), dims=(16, 16))
