@@ -71,11 +71,7 @@ def backward_table(  # type: ignore[no-untyped-def]
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a load whose index is one of kv − q: one program per (h, diagonal, part of the batch).
-
-    Tiles TILE × TILE on one diagonal of the scores have the same distances in the same places, so they are
-    summed in registers, and only their sum is added to the buffer.  Long diagonals come first.
-    """
+    """One program per (h, diagonal of tiles TILE × TILE, part of the batch); long diagonals come first."""
     q_tiles, kv_tiles = (Sq + TILE - 1) // TILE, (Skv + TILE - 1) // TILE
     diagonals = q_tiles + kv_tiles - 1
     rank = tl.program_id(0) // (H * parts)
