@@ -29,6 +29,7 @@ from flashfuse.kernels.device_math import (
     dot_rows,
     dot_sum,
     keep_draw,
+    power_of_e,
     sink_of_rows,
     sum_up,
     zeros_beside,
@@ -45,13 +46,15 @@ HUGE_LSE: tl.constexpr = tl.constexpr(4096.0)
 
 
 @triton.jit
-def _weights(x, lse, norm, Skv, FOLDED: tl.constexpr, UNIFORM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weights(  # type: ignore[no-untyped-def]
+    x, lse, norm, Skv, FOLDED: tl.constexpr, UNIFORM: tl.constexpr, PRECISION: tl.constexpr
+):
     if UNIFORM:
         return tl.where(lse == float("inf"), 1.0 / Skv, 0.0) + tl.zeros_like(x)
     elif FOLDED:
         return tl.exp2(x - lse)
     else:
-        return tl.exp2((x - lse) * LOG2E - norm)
+        return power_of_e(x - lse, norm, PRECISION)
 
 
 @triton.jit(do_not_specialize=["sob", "soh", "sos", "sgb", "sgh", "sgs", "H", "Sq"])
@@ -146,7 +149,8 @@ def backward_rows(  # type: ignore[no-untyped-def]
             allowed = (start + columns < Skv)[None, :]
             if MASK is not None:
                 allowed = allowed & MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-            p = tl.where(allowed, _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, False), 0.0)
+            p = _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, False, PRECISION)
+            p = tl.where(allowed, p, 0.0)
             total, total_low = sum_up(total, total_low, tl.sum(p, 1))
             if EXACT:
                 v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, True)
@@ -157,7 +161,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
                 weighted, weighted_low = sum_up(weighted, weighted_low, tl.sum(p * dp, 1))
         if SINK is not None:
             sink = sink_of_rows(b, h, rows, Sq, Skv, ptrs, nums, SINK, FOLDED, BM)
-            total += _weights(sink, lse, norm, Skv, FOLDED, False)
+            total += _weights(sink, lse, norm, Skv, FOLDED, False, PRECISION)
         norm = tl.where(live, tl.log2(total), 0.0)
         if EXACT:
             tl.store(Stats + at * WIDTH + 1, weighted / total, mask=live)
@@ -247,7 +251,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
             x = s * SCALE
         else:
             x = SCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
-        p = _weights(x, lse[None, :], norm[None, :], Skv, FOLDED, UNIFORM)
+        p = _weights(x, lse[None, :], norm[None, :], Skv, FOLDED, UNIFORM, PRECISION)
     if MASK is not None:
         allowed = MASK(b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
         p = tl.where(allowed, p, 0.0)
@@ -452,7 +456,7 @@ def ds_tile(  # type: ignore[no-untyped-def]
             x = s * SCALE
         else:
             x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-        p = _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, UNIFORM)
+        p = _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, UNIFORM, PRECISION)
     if MASK is not None:
         of_mask = MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
         if CHECK:
@@ -470,28 +474,32 @@ def ds_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dq_tile(  # type: ignore[no-untyped-def]
-    dq, low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
+    dq, low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
     ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr, FLAT: tl.constexpr = None,
+    UNIFORM: tl.constexpr, REFINES: tl.constexpr, FLAT: tl.constexpr = None,
 ):  # fmt: skip
-    """One tile of BN keys into dq [BM, D_PAD], and into the captures' gradients."""
+    """One tile of BN keys into dq [BM, D_PAD], the captures' gradients, if REFINES excess [BM, 4]: Σ dS."""
     start = tl.cast(start, tl.int32)
     ds, s, k, kv, allowed = ds_tile(
         q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
         ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
         D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, CHECK, PRECISION, UNIFORM, FLAT,
     )  # fmt: skip
+    if REFINES:
+        # The four sums of a row that the threads of a quad have: they exchange nothing here.
+        excess += tl.sum(tl.sum(tl.reshape(ds, [BM, BN // 8, 4, 2]), 3), 1)
     if ACCUMULATE is not None:
         ACCUMULATE(ds, s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums, gptrs, gnums)
     if DSCORE is not None:
         ds = ds * DSCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
         if MASK is not None:
             ds = tl.where(allowed, ds, 0.0)
-    return dot_sum(ds.to(k.dtype), k, dq, low, PRECISION)
+    dq, low = dot_sum(ds.to(k.dtype), k, dq, low, PRECISION)
+    return dq, low, excess
 
 
 @triton.jit(
@@ -509,10 +517,14 @@ def backward_dq(  # type: ignore[no-untyped-def]
     ENDS: tl.constexpr, FLAT: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    UNIFORM: tl.constexpr, REFINES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program per (b, h, tile of BM rows); ``Map`` is the kv_map."""
+    """One program per (b, h, tile of BM rows); ``Map`` is the kv_map.
+
+    If REFINES, the dS of a row sum to 0.  What they sum to instead, out being rounded, is added to delta,
+    for the kernels that follow.
+    """
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -536,6 +548,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
         seed = tl.load(Seed)
     dq = tl.zeros([BM, D_PAD], tl.float32)
     dq_low = zeros_beside(dq, PRECISION == "ieee")
+    excess = tl.zeros([BM, 4], tl.float32)
     keys = Skv
     if UNIFORM:
         dead = in_range & (lse == float("inf"))
@@ -550,12 +563,11 @@ def backward_dq(  # type: ignore[no-untyped-def]
         num_tiles = partial * (BLOCK // BN)
         start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
-            dq, dq_low = _dq_tile(
-                dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h,
-                Sq, Skv,
-                ptrs, nums, gptrs,
-                gnums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
+            dq, dq_low, excess = _dq_tile(
+                dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows,
+                b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                SCORE, MASK, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
+                not EVEN, PRECISION, UNIFORM, REFINES,
             )  # fmt: skip
             start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
         full = tl.load(Row + 1)
@@ -566,24 +578,22 @@ def backward_dq(  # type: ignore[no-untyped-def]
             num_tiles = (before + after) * (BLOCK // BN)
             start = tile_of_ends(Full, 0, full, before, after, BN, BLOCK)
             for i in range(0, num_tiles):
-                dq, dq_low = _dq_tile(
-                    dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h,
-                    Sq, Skv,
-                    ptrs, nums, gptrs,
-                    gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM, FLAT,
+                dq, dq_low, excess = _dq_tile(
+                    dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows,
+                    b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                    SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
+                    False, PRECISION, UNIFORM, REFINES, FLAT,
                 )  # fmt: skip
                 start = tile_of_ends(Full, i + 1, full, before, after, BN, BLOCK)
         num_tiles = (full - before - after) * (BLOCK // BN)
         Full += before
         start = tile_start(Full, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
-            dq, dq_low = _dq_tile(
-                dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h,
-                Sq, Skv,
-                ptrs, nums, gptrs,
-                gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM,
+            dq, dq_low, excess = _dq_tile(
+                dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows,
+                b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
+                False, PRECISION, UNIFORM, REFINES,
             )  # fmt: skip
             start = tile_start(Full, i + 1, num_tiles, BN, BLOCK)
     else:
@@ -593,31 +603,30 @@ def backward_dq(  # type: ignore[no-untyped-def]
             before, after = count_ends_of_range(keys // BN, (most + 1) // BN - 1, (least + BN - 1) // BN)
             for i in range(0, before + after):
                 start = tl.where(i < before, i, i + keys // BN - before - after) * BN
-                dq, dq_low = _dq_tile(
-                    dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h,
-                    Sq, Skv,
-                    ptrs, nums, gptrs,
-                    gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM, FLAT,
+                dq, dq_low, excess = _dq_tile(
+                    dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows,
+                    b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                    SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
+                    False, PRECISION, UNIFORM, REFINES, FLAT,
                 )  # fmt: skip
         for start in range(before * BN, whole - after * BN, BN):
-            dq, dq_low = _dq_tile(
-                dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h,
-                Sq, Skv,
-                ptrs, nums, gptrs,
-                gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED,
-                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION, UNIFORM,
+            dq, dq_low, excess = _dq_tile(
+                dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows,
+                b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
+                False, PRECISION, UNIFORM, REFINES,
             )  # fmt: skip
         if not EVEN:  # noqa: SIM102 (known when compiled; the inner one is not)
             if whole < keys:
-                dq, dq_low = _dq_tile(
-                    dq, dq_low, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first, rows, b, h,
-                    Sq, Skv,
-                    ptrs, nums,
-                    gptrs, gnums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, ACCUMULATE, SCALE,
-                    FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True, PRECISION, UNIFORM,
+                dq, dq_low, excess = _dq_tile(
+                    dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first, rows,
+                    b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                    SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
+                    True, PRECISION, UNIFORM, REFINES,
                 )  # fmt: skip
+    if REFINES:
+        WIDTH: tl.constexpr = 2 if FOLDED else 4
+        tl.store(Stats + at * WIDTH + 1, delta + tl.sum(excess, 1), mask=in_range)
     dq = dq * dscale
     dq_base = DQ + b64 * sdqb + h64 * sdqh + first64 * sdqs
     if UNIFORM:

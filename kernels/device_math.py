@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -52,6 +53,20 @@ def mod_float(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def power_of_e(x, less, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """exp(x) / 2^less, where ``less`` is small.
+
+    The hardware's exp2 of x·log2(e) has the rounding of that product: |x| roundings of the result.
+    """
+    if PRECISION != "ieee":
+        return tl.exp2(x * LOG2E - less)
+    elif INTERPRETED:
+        return tl.exp(x) * tl.exp2(-less)
+    else:
+        return libdevice.exp(x) * tl.exp2(-less)
+
+
+@triton.jit
 def dot_add(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """acc + a b; in full float32 the product is summed by itself first, which rounds less."""
     if PRECISION == "ieee":
@@ -66,10 +81,14 @@ def sum_up(total, low, part):  # type: ignore[no-untyped-def]
     """(total + part, low), where ``low`` is what rounding has taken from the sum (Kahan's summation).
 
     A sum over thousands of tiles is a chain of so many additions, where libraries add in a tree.
+    Where ``low`` is not as large as ``total`` (see :func:`zeros_beside`), part is added as it is.
     """
-    part = part - low
-    result = total + part
-    return result, (result - total) - part
+    if low.shape[0] == 1:
+        return total + part, low
+    else:
+        part = part - low
+        result = total + part
+        return result, (result - total) - part
 
 
 @triton.jit
@@ -84,7 +103,7 @@ def dot_sum(a, b, acc, low, PRECISION: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit
 def zeros_beside(acc, KEPT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first ``low`` of :func:`dot_sum`; unless KEPT a number that stays as it is."""
+    """The first ``low`` of :func:`sum_up`; unless KEPT a number that stays as it is."""
     return tl.zeros_like(acc) if KEPT else tl.zeros([1, 1], tl.float32)
 
 
@@ -215,7 +234,7 @@ def tanh_precise(x):  # type: ignore[no-untyped-def]
 def add_gradient(Buffer, Scale, offset, value):  # type: ignore[no-untyped-def]
     """Add ``value``, a number or a tile of numbers, to Buffer at ``offset``; zeros add nothing.
 
-    A float32 buffer is added to as it comes.  An int64 buffer holds multiples of 1 / Scale[0], a power of
+    A buffer of floats is added to as it comes.  An int64 buffer holds multiples of 1 / Scale[0], a power of
     two: their sum does not depend on the order.  An int32 buffer gets the bits of the largest magnitude,
     which such a scale is made from.
     """
@@ -228,7 +247,8 @@ def add_gradient(Buffer, Scale, offset, value):  # type: ignore[no-untyped-def]
         tl.atomic_max(Buffer, bits, sem="relaxed")
     else:
         if Buffer.dtype.element_ty == tl.int64:
-            value = (value * tl.load(Scale)).to(tl.int64)
+            value = value * tl.load(Scale)
+        value = value.to(Buffer.dtype.element_ty)
         tl.atomic_add(Buffer + offset, value, mask=value != 0, sem="relaxed")
 
 

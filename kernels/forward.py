@@ -20,7 +20,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.device_math import LN2, LOG2E, as_written, dot_add, dot_rows, keep_draw, sink_of_rows
+from flashfuse.kernels.device_math import (
+    LN2,
+    LOG2E,
+    as_written,
+    dot_add,
+    dot_rows,
+    keep_draw,
+    power_of_e,
+    sink_of_rows,
+)
 
 UNSPECIALIZED = [
     "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sob", "soh", "sos",
@@ -134,8 +143,8 @@ def attend(  # type: ignore[no-untyped-def]
             alpha = tl.exp2(m - m_used)
         else:
             # Scores may be huge (a loaded −3.4e38): subtract before changing the base.
-            p = tl.exp2((s - m_used[:, None]) * LOG2E)
-            alpha = tl.exp2((m - m_used) * LOG2E)
+            p = power_of_e(s - m_used[:, None], 0.0, PRECISION)
+            alpha = power_of_e(m - m_used, 0.0, PRECISION)
     l = l * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     if DROPOUT:
@@ -274,8 +283,8 @@ def attention_forward(  # type: ignore[no-untyped-def]
             p = tl.exp2(sink - m_used)
             alpha = tl.exp2(m - m_used)
         else:
-            p = tl.exp2((sink - m_used) * LOG2E)
-            alpha = tl.exp2((m - m_used) * LOG2E)
+            p = power_of_e(sink - m_used, 0.0, PRECISION)
+            alpha = power_of_e(m - m_used, 0.0, PRECISION)
         l = l * alpha + p
         acc = acc * alpha[:, None]
         m = m_new

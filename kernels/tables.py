@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.backward import ds_tile, load_stats
+from flashfuse.kernels.device_math import sum_up, zeros_beside
 from flashfuse.kernels.forward import load_rows
 
 MODERATE: tl.constexpr = tl.constexpr(4096.0)
@@ -102,26 +103,29 @@ def backward_table(  # type: ignore[no-untyped-def]
         distance = (first_kv - first_q) * TILE
         easy = tl.where((distance + TILE - 1 <= low) | (distance - TILE + 1 >= high), easy, 0)
     total = tl.zeros([TILE, TILE], tl.float32)
+    low_total = zeros_beside(total, PRECISION == "ieee")
     HAS_EASY: tl.constexpr = MASK is None or REACH_IS_MASK
     if not HAS_EASY:
         easy = 0
     elif (REACH is not None) or (ENDS is not None):
         for i in range(0, easy):
-            total += _table_tile(
+            of_tile = _table_tile(
                 i, length_of_one, first_q, first_kv, first_b, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats,
                 ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, seed, threshold,
                 drop_scale, SCORE, None, SLOPE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, EVEN, DROPOUT, PRECISION,
                 TILE, FLAT,
             )  # fmt: skip
+            total, low_total = sum_up(total, low_total, of_tile)
     else:
         easy = 0
     for i in range(easy, length):
-        total += _table_tile(
+        of_tile = _table_tile(
             i, length_of_one, first_q, first_kv, first_b, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats,
             ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, seed, threshold,
             drop_scale, SCORE, MASK, SLOPE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, EVEN, DROPOUT, PRECISION,
             TILE, None,
         )  # fmt: skip
+        total, low_total = sum_up(total, low_total, of_tile)
     # Any tile of the diagonal has the distances; where the first sticks out, nothing was added.
     rows = tl.minimum(first_q * TILE + local, Sq - 1)[:, None]
     kv = tl.minimum(first_kv * TILE + local, Skv - 1)[None, :]

@@ -130,10 +130,6 @@ def backward(
         if dlse is not None:
             stats[..., 1] -= torch.where(lse == float("-inf"), 0.0, dlse)
         ends = site.ends(captures, aligned)
-        extra_k, extra_v = site.dead_gradients(do, lse, aligned, q, k, v, stats, seed, ptrs)
-        make = functools.partial(site.make_dkdv, dk, dv, extra_k, extra_v, q_map)
-        extra = (extra_k, extra_v)
-        run("dkdv", aligned, make, q, k, v, do, dk, dv, stats, *extra, q_map, seed, ends, ptrs)
 
         def add_up(kind: str, buffers: tuple[Tensor, ...]) -> None:
             """dq, and the captures' gradients into ``buffers``, of which there is one ``kind`` per launch."""
@@ -148,10 +144,11 @@ def backward(
                 rest = (site.stats_of_dead_rows(lse, stats), None, seed, None, ptrs, buffers)
                 run(f"uniform_dq{kind}", aligned, make, q, k, v, do, dq, *rest)
 
-        if not wanted:
-            add_up("", ())
-            return [dq, dk, dv]
         sums = site.capture_gradients(captures, add_up)
+        extra_k, extra_v = site.dead_gradients(do, lse, aligned, q, k, v, stats, seed, ptrs)
+        make = functools.partial(site.make_dkdv, dk, dv, extra_k, extra_v, q_map)
+        extra = (extra_k, extra_v)
+        run("dkdv", aligned, make, q, k, v, do, dk, dv, stats, *extra, q_map, seed, ends, ptrs)
         totals = dict(zip(site.of_score, sums, strict=True))
         for i, gradient in site.sink_gradients(captures, ints, lse, stats).items():
             totals[i] = totals[i] + gradient if i in totals else gradient
@@ -515,6 +512,7 @@ class _Site:
                 self.dropout,
                 self.precision,
                 uniform,
+                self._refines and not uniform,
             ),
             *(config.bm, config.bn),
         )
@@ -555,23 +553,29 @@ class _Site:
     def capture_gradients(
         self, captures: Sequence[Tensor], add_up: Callable[[str, tuple[Tensor, ...]], None]
     ) -> list[Tensor]:
-        """float32 gradients of ``of_score``; ``add_up`` adds to two buffers for each, as ``add_gradient``.
+        """Gradients of ``of_score``; ``add_up``, which works out dq, adds to two buffers for each.
 
+        See ``device_math.add_gradient``.  The sums are float32; of full float32 what shrinks is summed in
+        float64, which libraries come near to by adding in trees.
         Where PyTorch is asked for deterministic algorithms, the sums are taken in integers, in a second
         pass, of the scale that the largest term of the first gives.  A NaN or infinite term makes the whole
         gradient NaN then.
         """
         like = [captures[i] for i in self.of_score]
+        scores = self.batch * self.heads * self.q_len * self.kv_len
         if not like or not torch.are_deterministic_algorithms_enabled():
-            sums = [torch.zeros(c.shape, dtype=torch.float32, device=self.device) for c in like]
+            sums = []
+            for c in like:
+                doubled = self.precision == "ieee" and c.numel() < scores
+                dtype = torch.float64 if doubled else torch.float32
+                sums.append(torch.zeros(c.shape, dtype=dtype, device=self.device))
             add_up("", tuple(t for s in sums for t in (s, s)))
             return sums
         bits = torch.zeros(len(like), dtype=torch.int32, device=self.device)
         add_up("_largest", tuple(t for i in range(len(like)) for t in (bits[i:], bits[i:])))
         # So many terms of the largest magnitude stay below 2^62.
-        terms = self.batch * self.heads * self.q_len * self.kv_len
         _, exponents = torch.frexp(bits.view(torch.float32))
-        scales = torch.ldexp(torch.ones_like(bits, dtype=torch.float32), 62 - terms.bit_length() - exponents)
+        scales = torch.ldexp(torch.ones_like(bits, dtype=torch.float32), 62 - scores.bit_length() - exponents)
         scales = torch.where(bits.view(torch.float32).isfinite(), scales.clamp(max=2.0**126), float("nan"))
         wholes = [torch.zeros(c.shape, dtype=torch.int64, device=self.device) for c in like]
         add_up("_exact", tuple(t for i, w in enumerate(wholes) for t in (w, scales[i:])))
@@ -587,6 +591,11 @@ class _Site:
         return self.kv_len == 1 and self.program.sink is None and not self.with_dlse
 
     @property
+    def _refines(self) -> bool:
+        """Whether the dS of a row sum to 0, by which the kernel of dq mends delta, out being rounded."""
+        return self.program.sink is None and not self.with_dlse and not self.sums_rows_exactly
+
+    @property
     def _dscale(self) -> float:
         if self._is_constant:
             return 0.0
@@ -595,9 +604,11 @@ class _Site:
     def sink_gradients(
         self, captures: Sequence[Tensor], ints: Sequence[int], lse: Tensor, stats: Tensor
     ) -> dict[int, Tensor]:
-        """By position: the float32 gradients of the wanted captures that the sink reads."""
+        """By position: the gradients of the wanted captures that the sink reads."""
         if not self.of_sink:
             return {}
+        if self.precision == "ieee":
+            lse, stats = lse.double(), stats.double()
         sizes = (self.batch, self.heads, self.q_len, self.kv_len)
         exponent = sinks.logits(self.program, captures, ints, sizes, lse) - lse
         if not self.code.folded:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashfuse.kernels import block_map
 from flashfuse.kernels.reference import attention_reference, max_reference
-from flashfuse.kernels.spec import NAN, ScoreProgram
+from flashfuse.kernels.spec import NAN, ScoreProgram, differentiable_loads
 from flashfuse.numbers import compare
 from flashfuse.report import CheckItem
 from flashfuse.site import magnitudes
@@ -107,8 +107,7 @@ def measure_case(
 ) -> list[CheckItem]:
     """What :func:`run_case` compares, by name, with the error and what the rule allows of it.
 
-    Gradients of the scores of a single key are exactly 0: there the rounding of their terms is allowed, as
-    where a site is checked.
+    As where a site is checked, the rounding of terms is allowed where they cancel each other.
     """
     allowed = [_inherent(implementation, case, device, seed + i) for i in range(draws)]
     return [
@@ -118,14 +117,29 @@ def measure_case(
 
 
 def _inherent(implementation: Any, case: Case, device: str, seed: int) -> dict[str, float]:
-    if case.sizes[3] != 1:
-        return {}
+    """By name: the size of what is rounded where terms cancel, as if in the dtype of the case.
+
+    Gradients of the scores of a single key are exactly 0; where weights are 0 or 1 they are nearly so, and
+    float32 is what they are computed in; a sink's is a sum over rows, of roundings of independent signs.
+    """
     (q, k, v, _), (captures, ints, _, _, program, _), _ = site_of(implementation, case, device, seed)
+    names = [program.captures[i] for i in case.grads]
+    of_sink = differentiable_loads(program.sink) if program.sink is not None else frozenset()
+    exact = torch.finfo(torch.float32).eps / torch.finfo(case.dtype).eps
+    if case.sizes[3] == 1:
+        factors = dict.fromkeys(("q", "k", *names), 1.0)
+    elif exact < 1:
+        factors = dict.fromkeys(("q", "k", *names), exact)
+    else:
+        rows = q[..., 0].numel()
+        shrinks = {n: rows / c.numel() for n, c in zip(program.captures, captures, strict=True)}
+        factors = {n: max(1.0, shrinks[n]) ** -0.5 for n in names if n in of_sink}
+    if not factors:
+        return {}
     q, k, v = (t.float() for t in (q, k, v))
     captures = [c.float() if c.is_floating_point() else c for c in captures]
     found = magnitudes(q, k, v, captures, ints, program, of_scores=False)
-    names = ("q", "k", *(program.captures[i] for i in case.grads))
-    return {f"d{name}": found.get(name, 0.0) for name in names}
+    return {f"d{name}": factor * found.get(name, 0.0) for name, factor in factors.items()}
 
 
 def _stacked(
