@@ -151,6 +151,28 @@ for case in [
     case = Case(**case, grads=(0,), dims=(16, 16))
     attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
 """, 3),
+    # What dk and dv are computed with: out, being rounded, is not enough for it.
+    "delta": ("""
+def exact_delta(case):
+    (q, k, v, do), site, _ = site_of(triton_attention, case, "cpu", 0)
+    out, lse = triton_attention.forward(q, k, v, *site)
+    run_launch, deltas = launch.launch, []
+    def recorded(what, *tensors):
+        if what.kernel.fn.__name__ == "backward_dkdv":
+            deltas.append(tensors[6][..., 1].double())
+        return run_launch(what, *tensors)
+    launch.launch = recorded
+    triton_attention.backward(do, q, k, v, out, lse, *site, ())
+    launch.launch = run_launch
+    exact, _ = attention_reference(*(t.double() for t in (q, k, v)), site[0], site[1], site[4], 0.0, None)
+    expected = (exact * do.double()).sum(-1)
+    error, of_out = ((x - expected).abs().max() for x in (deltas[0], (out.double() * do.double()).sum(-1)))
+    assert error < of_out / 20, (error, of_out)
+for text in ("s*0.25", "s*0.25 where kv <= q", "tanh(s*0.05)*4.0 + e[h]"):
+    case = Case(text, sizes=(1, 2, 70, 150), kv_heads=2, dims=(16, 16), dtype=torch.float16,
+                captures=lambda *n: [torch.randn(n[1])] if "e[" in text else [])
+    attempt(text, lambda: exact_delta(case))
+""", 3),
     # A table that is one number in front and behind: tiles that lie there read one.
     "ends": ("""
 triton_attention.SHORTEST_WITH_ENDS = 100
