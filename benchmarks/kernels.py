@@ -101,17 +101,22 @@ def _program(
     name: str,
     score: str,
     tail: str = "",
-    capture: Callable[[int], Tensor] | None = None,
+    capture: Callable[[int], Tensor | list[Tensor]] | None = None,
     has_grad: bool = False,
     dropout_p: float = 0.0,
     score_mod: Callable[[Sequence[Tensor]], Any] | None = None,
 ) -> Problem:
-    """A program under a causal mask."""
+    """A program under a causal mask; of the captures the first may have a gradient."""
+
+    def captures(length: int) -> list[Tensor]:
+        found = [] if capture is None else capture(length)
+        return found if isinstance(found, list) else [found]
+
     return Problem(
         name,
         PROGRAMS,
         f"{score} where kv <= q{tail}",
-        captures=lambda length: [capture(length)] if capture else [],
+        captures=captures,
         grads=(0,) if has_grad else (),
         dropout_p=dropout_p,
         causal=True if name in ("plain", "dropout 0.1") else None,
@@ -126,12 +131,12 @@ def _programs() -> list[Problem]:
     def slopes(_: int) -> Tensor:
         return torch.exp2(-8 * torch.arange(1, heads + 1, device="cuda") / heads)
 
-    def table(length: int) -> Tensor:
+    def buckets(length: int) -> list[Tensor]:
         """T5's: 32 buckets of distances to the keys before a query, one each up to 16, then wider, to 128."""
         distance = torch.arange(length - 1, -length, -1, device="cuda").clamp(min=0)
         wide = 16 + ((distance.clamp(min=1) / 16).log() / math.log(128 / 16) * 16).long()
-        buckets = torch.where(distance < 16, distance, wide.clamp(max=31))
-        return torch.randn(heads, 32, device="cuda")[:, buckets]
+        places = torch.where(distance < 16, distance, wide.clamp(max=31))
+        return [torch.randn(32, heads, device="cuda"), places.int()]
 
     def distances(length: int) -> Tensor:
         return torch.randn(heads, 2 * length - 1, device="cuda")
@@ -148,16 +153,23 @@ def _programs() -> list[Problem]:
     def relative(captures: Sequence[Tensor]) -> Any:
         return lambda s, b, h, q, kv: s + captures[0][h, kv - q + PROGRAMS[2] - 1]
 
-    tabled = f"{scaled} + table[h, kv - q + Sq - 1]"
+    of_buckets = f"{scaled} + weight[bucket[kv - q + Sq - 1], h]"
     return [
         _program("plain", scaled, score_mod=lambda _: None),
         _program("softcap", f"tanh({scaled}*0.05)*20.0", score_mod=softcap),
         _program("sinks", scaled, " sink sinks[h]", logits, True),
         _program("ALiBi", f"{scaled} + slope[h]*(kv - q)", "", slopes, score_mod=alibi),
-        _program("T5 table", tabled, "", table, True, score_mod=relative),
+        _program("T5 table", of_buckets, "", buckets, True),
         _program("dropout 0.1", scaled, dropout_p=0.1),
-        _program("T5 table, dropout 0.1", tabled, "", table, True, 0.1),
-        _program("table of distances", tabled, "", distances, True, score_mod=relative),
+        _program("T5 table, dropout 0.1", of_buckets, "", buckets, True, 0.1),
+        _program(
+            "table of distances",
+            f"{scaled} + table[h, kv - q + Sq - 1]",
+            "",
+            distances,
+            True,
+            score_mod=relative,
+        ),
     ]
 
 

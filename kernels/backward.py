@@ -244,7 +244,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
         rows = tl.minimum(rows, Sq - 1)
     s = dot_rows(k, q, PRECISION)  # [BN, BM]
     if FLAT is not None:
-        t = SCORE(0.0, b, h, start, kv_first, Sq, Skv, ptrs, nums)
+        t = SCORE(0.0, b, h, tl.minimum(start, Sq - 1), kv_first, Sq, Skv, ptrs, nums)
         p = tl.exp2(s * (FLAT * LOG2E) + ((t - lse) * LOG2E - norm)[None, :])
     else:
         if SCALE is not None:
@@ -474,24 +474,36 @@ def ds_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dq_tile(  # type: ignore[no-untyped-def]
-    dq, low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
-    ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+    dq, low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows,
+    b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr, REFINES: tl.constexpr, FLAT: tl.constexpr = None,
+    UNIFORM: tl.constexpr, REFINES: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr = None,
 ):  # fmt: skip
-    """One tile of BN keys into dq [BM, D_PAD], the captures' gradients, if REFINES excess [BM, 4]: Σ dS."""
+    """One tile of BN keys into dq [BM, D_PAD], the captures' gradients, and the sums of dS.
+
+    sums, of [BM, 4] each: over all keys, if REFINES; if TILE, over the keys of tiles of TILE × TILE that lie
+    in the one and in the other of ``ends``.
+    """
     start = tl.cast(start, tl.int32)
     ds, s, k, kv, allowed = ds_tile(
         q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
         ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
         D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, CHECK, PRECISION, UNIFORM, FLAT,
     )  # fmt: skip
-    if REFINES:
+    every, before, after = sums
+    if REFINES or TILE is not None:
         # The four sums of a row that the threads of a quad have: they exchange nothing here.
-        excess += tl.sum(tl.sum(tl.reshape(ds, [BM, BN // 8, 4, 2]), 3), 1)
+        part = tl.sum(tl.sum(tl.reshape(ds, [BM, BN // 8, 4, 2]), 3), 1)
+        every += part
+        if TILE is not None:
+            distance = start // TILE * TILE - rows // TILE * TILE
+            is_before = distance + TILE - 1 <= ends[0]
+            is_after = (distance - TILE + 1 >= ends[1]) & (is_before == 0)
+            before += tl.where(is_before[:, None], part, 0.0)
+            after += tl.where(is_after[:, None], part, 0.0)
     if ACCUMULATE is not None:
         ACCUMULATE(ds, s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums, gptrs, gnums)
     if DSCORE is not None:
@@ -499,7 +511,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
         if MASK is not None:
             ds = tl.where(allowed, ds, 0.0)
     dq, low = dot_sum(ds.to(k.dtype), k, dq, low, PRECISION)
-    return dq, low, excess
+    return dq, low, (every, before, after)
 
 
 @triton.jit(
@@ -514,7 +526,8 @@ def backward_dq(  # type: ignore[no-untyped-def]
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdqb, sdqh, sdqs,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
-    ENDS: tl.constexpr, FLAT: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    ENDS: tl.constexpr, FLAT: tl.constexpr, ADD: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr,
+    SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UNIFORM: tl.constexpr, REFINES: tl.constexpr,
@@ -523,7 +536,8 @@ def backward_dq(  # type: ignore[no-untyped-def]
     """One program per (b, h, tile of BM rows); ``Map`` is the kv_map.
 
     If REFINES, the dS of a row sum to 0.  What they sum to instead, out being rounded, is added to delta,
-    for the kernels that follow.
+    for the kernels that follow.  If TILE, the ends of a table of distances share an element each, with this
+    SLOPE; what tiles of TILE × TILE that lie in them sum to is ADDed to its gradient.
     """
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
@@ -548,26 +562,27 @@ def backward_dq(  # type: ignore[no-untyped-def]
         seed = tl.load(Seed)
     dq = tl.zeros([BM, D_PAD], tl.float32)
     dq_low = zeros_beside(dq, PRECISION == "ieee")
-    excess = tl.zeros([BM, 4], tl.float32)
+    sums = (tl.zeros([BM, 4], tl.float32), tl.zeros([BM, 4], tl.float32), tl.zeros([BM, 4], tl.float32))
     keys = Skv
     if UNIFORM:
         dead = in_range & (lse == float("inf"))
         keys = tl.where(tl.max(dead.to(tl.int32), 0) > 0, Skv, 0)
     most, least = 0, 0
+    ends = (0, 0)
     if ENDS is not None:
-        low, high = ENDS(Ends, b, h, Sq, Skv, ptrs, nums)
-        most, least = low + first, high + first + BM - 1
+        ends = ENDS(Ends, b, h, Sq, Skv, ptrs, nums)
+        most, least = ends[0] + first, ends[1] + first + BM - 1
     if MASK is not None:
         Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
         partial = tl.load(Row)
         num_tiles = partial * (BLOCK // BN)
         start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
-            dq, dq_low, excess = _dq_tile(
-                dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows,
-                b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+            dq, dq_low, sums = _dq_tile(
+                dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
+                rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                 SCORE, MASK, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
-                not EVEN, PRECISION, UNIFORM, REFINES,
+                not EVEN, PRECISION, UNIFORM, REFINES, TILE,
             )  # fmt: skip
             start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
         full = tl.load(Row + 1)
@@ -578,22 +593,22 @@ def backward_dq(  # type: ignore[no-untyped-def]
             num_tiles = (before + after) * (BLOCK // BN)
             start = tile_of_ends(Full, 0, full, before, after, BN, BLOCK)
             for i in range(0, num_tiles):
-                dq, dq_low, excess = _dq_tile(
-                    dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows,
-                    b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                dq, dq_low, sums = _dq_tile(
+                    dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
+                    rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                     SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
-                    False, PRECISION, UNIFORM, REFINES, FLAT,
+                    False, PRECISION, UNIFORM, REFINES, TILE, FLAT,
                 )  # fmt: skip
                 start = tile_of_ends(Full, i + 1, full, before, after, BN, BLOCK)
         num_tiles = (full - before - after) * (BLOCK // BN)
         Full += before
         start = tile_start(Full, 0, num_tiles, BN, BLOCK)
         for i in range(0, num_tiles):
-            dq, dq_low, excess = _dq_tile(
-                dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows,
-                b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+            dq, dq_low, sums = _dq_tile(
+                dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
+                rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                 SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
-                False, PRECISION, UNIFORM, REFINES,
+                False, PRECISION, UNIFORM, REFINES, TILE,
             )  # fmt: skip
             start = tile_start(Full, i + 1, num_tiles, BN, BLOCK)
     else:
@@ -603,30 +618,38 @@ def backward_dq(  # type: ignore[no-untyped-def]
             before, after = count_ends_of_range(keys // BN, (most + 1) // BN - 1, (least + BN - 1) // BN)
             for i in range(0, before + after):
                 start = tl.where(i < before, i, i + keys // BN - before - after) * BN
-                dq, dq_low, excess = _dq_tile(
-                    dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows,
-                    b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                dq, dq_low, sums = _dq_tile(
+                    dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
+                    rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                     SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
-                    False, PRECISION, UNIFORM, REFINES, FLAT,
+                    False, PRECISION, UNIFORM, REFINES, TILE, FLAT,
                 )  # fmt: skip
         for start in range(before * BN, whole - after * BN, BN):
-            dq, dq_low, excess = _dq_tile(
-                dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows,
-                b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+            dq, dq_low, sums = _dq_tile(
+                dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
+                rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                 SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
-                False, PRECISION, UNIFORM, REFINES,
+                False, PRECISION, UNIFORM, REFINES, TILE,
             )  # fmt: skip
         if not EVEN:  # noqa: SIM102 (known when compiled; the inner one is not)
             if whole < keys:
-                dq, dq_low, excess = _dq_tile(
-                    dq, dq_low, excess, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first, rows,
-                    b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                dq, dq_low, sums = _dq_tile(
+                    dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first,
+                    rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                     SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
-                    True, PRECISION, UNIFORM, REFINES,
+                    True, PRECISION, UNIFORM, REFINES, TILE,
                 )  # fmt: skip
     if REFINES:
         WIDTH: tl.constexpr = 2 if FOLDED else 4
-        tl.store(Stats + at * WIDTH + 1, delta + tl.sum(excess, 1), mask=in_range)
+        tl.store(Stats + at * WIDTH + 1, delta + tl.sum(sums[0], 1), mask=in_range)
+    if TILE is not None:
+        for i in tl.static_range(2):
+            distance = tl.minimum(tl.maximum(ends[i], 1 - Sq), Skv - 1) + tl.zeros([1, 1], tl.int32)
+            at_q, at_kv = tl.maximum(-distance, 0), tl.maximum(distance, 0)
+            gradient = tl.sum(tl.sum(sums[i + 1], 1), 0) + tl.zeros([1, 1], tl.float32)
+            if SLOPE is not None:
+                gradient *= SLOPE(gradient, b, h, at_q, at_kv, Sq, Skv, ptrs, nums)
+            ADD(gradient, gradient, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
     dq = dq * dscale
     dq_base = DQ + b64 * sdqb + h64 * sdqh + first64 * sdqs
     if UNIFORM:

@@ -48,6 +48,7 @@ class Table:
         reach_is_mask: the mask says nothing else.
         others: ``accumulate`` for the other loads; ``None`` where there are none.
         uses_b: the index depends on b.
+        has_ends: beyond :class:`Ends`, all distances share one element, whose gradient is a plain sum of dS.
     """
 
     slope: Any
@@ -56,6 +57,7 @@ class Table:
     reach_is_mask: bool
     others: Any
     uses_b: bool
+    has_ends: bool
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,15 @@ class Ends:
 
     Attributes:
         capture: the position of the table, of one axis or two, of which the last is that of distances.
+        values: the position of what the table's integers are indices of, if they are: one axis or two.
+        axis: the one of ``values`` that they are indices of.
         of_row: the jit function that gives (low, high): the table is constant at distances kv − q up to low,
             and from high on.  It reads the indices of the table where that is so, ``triton_attention.ends``.
     """
 
     capture: int
+    values: int | None
+    axis: int
     of_row: Any
 
 
@@ -138,18 +144,22 @@ def generate(
     if len(of_distance) == 1:
         functions += _table_functions(program, of_distance[0], loads, names)
     with_ends = _load_with_ends(score, names) if dscale is not None and dscale > 0 else None
-    functions.append("" if with_ends is None else _ends_function(with_ends, names))
+    functions.append("" if with_ends is None else _ends_function(*with_ends, names))
     module = load_module("\n\n".join(f for f in functions if f))
     ends = None
     if with_ends is not None:
-        ends = Ends(program.captures.index(with_ends.args[0]), module.ends_of_row)
+        load, place = with_ends
+        values = None if place is load else program.captures.index(load.args[0])
+        axis = 0 if place is load else load.operands.index(place)
+        ends = Ends(program.captures.index(place.args[0]), values, axis, module.ends_of_row)
     table = None
     if len(of_distance) == 1:
         optional = (getattr(module, name, None) for name in ("table_slope", "reach_mod", "accumulate_others"))
         slope_mod, reach, others = optional
         whole = reach is not None and all(map(_is_of_distances_alone, conditions(mask)))
         uses_b = "b" in variables(of_distance[0].node)
-        table = Table(slope_mod, module.table_add, reach, whole, others, uses_b)
+        has_ends = ends is not None and ends.values is not None and of_distance[0].node == load
+        table = Table(slope_mod, module.table_add, reach, whole, others, uses_b, has_ends)
     return Generated(
         score=module.score_mod,
         mask=getattr(module, "mask_mod", None),
@@ -167,7 +177,7 @@ def generate(
 
 
 def _loads(score: Expr, names: Names) -> str:
-    of_pairs = [node for node in walk(score) if node.op == "load" and axis_of(node) == 2]
+    of_pairs = _loads_of_pairs(score)
     if not of_pairs:
         return ""
     if not names.scatters or not all(map(is_scattered, of_pairs)):
@@ -327,24 +337,39 @@ def _table_functions(program: ScoreProgram, table: _Load, loads: Sequence[_Load]
     return found
 
 
-def _load_with_ends(score: Expr, names: Names) -> Expr | None:
-    """The load of which :class:`Ends` speaks, if there is one."""
+def _loads_of_pairs(score: Expr) -> list[Expr]:
+    """What is loaded for each q and kv, but for what is loaded as an index."""
     loads = [node for node in walk(score) if node.op == "load" and axis_of(node) == 2]
+    inner = {n for load in loads for i in load.operands for n in walk(i)}
+    return [load for load in loads if load not in inner]
+
+
+def _load_with_ends(score: Expr, names: Names) -> tuple[Expr, Expr] | None:
+    """The load of which :class:`Ends` speaks, and of what is at its distance: an index of it, or itself."""
+    loads = _loads_of_pairs(score)
     if len(loads) != 1 or names.types[loads[0].args[0]].kind != "float":
         return None
     load = loads[0]
-    *lead, distance = load.operands
     rest = substitute(score, lambda node: const(0.0) if node == load else None)
-    if len(lead) > 1 or variables(rest) & {"q", "kv"} or any(variables(i) & {"q", "kv"} for i in lead):
+    of_pair = [i for i in load.operands if variables(i) & {"q", "kv"}]
+    if len(load.operands) > 2 or variables(rest) & {"q", "kv"} or len(of_pair) != 1:
         return None
-    return load if is_shifted(distance) and follows_keys(distance) else None
+    place = load
+    if of_pair[0].op == "load":
+        place = of_pair[0]
+        if len(place.operands) != 1 or names.types[place.args[0]].kind != "int":
+            return None
+    elif load.operands[-1] is not of_pair[0]:
+        return None
+    distance = place.operands[-1]
+    return (load, place) if is_shifted(distance) and follows_keys(distance) else None
 
 
-def _ends_function(load: Expr, names: Names) -> str:
-    *lead, distance = load.operands
+def _ends_function(load: Expr, place: Expr, names: Names) -> str:
+    lead = [i for i in load.operands if not variables(i) & {"q", "kv"}]
     printer = Printer(names, {"q": "0", "kv": "0"})
     row = printer.as_kind(lead[0], "int") if lead else "0"
-    at_zero = printer.as_kind(distance, "int")
+    at_zero = printer.as_kind(place.operands[-1], "int")
     low, high = f"tl.load(Ends + ({row}) * 2) - ({at_zero})", f"tl.load(Ends + ({row}) * 2 + 1) - ({at_zero})"
     return render("ends_of_row", "Ends, b, h, Sq, Skv, ptrs, nums", [*printer.lines, f"return {low}, {high}"])
 

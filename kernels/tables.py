@@ -21,16 +21,16 @@ MODERATE: tl.constexpr = tl.constexpr(4096.0)
 
 @triton.jit
 def _table_tile(  # type: ignore[no-untyped-def]
-    i, length_of_one, first_q, first_kv, first_b, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats, ptrs, nums,
+    i, length_of_one, first_q, first_kv, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats, ptrs, nums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, seed, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the load in the i-th tile of a diagonal, over batch entries from ``first_b`` on."""
+    """The gradients of the load in the i-th tile of a diagonal of all batch entries."""
     local = tl.arange(0, TILE)
-    b = first_b + i // length_of_one
+    b = i // length_of_one
     first = (first_q + i % length_of_one) * TILE
     start = (first_kv + i % length_of_one) * TILE
     b64, first64 = b.to(tl.int64) * 8, first.to(tl.int64) * 8
@@ -67,12 +67,16 @@ def backward_table(  # type: ignore[no-untyped-def]
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
     BATCH, H, GROUP, Sq, Skv, parts, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr, REACH: tl.constexpr,
-    REACH_IS_MASK: tl.constexpr, ENDS: tl.constexpr, FLAT: tl.constexpr,
+    REACH_IS_MASK: tl.constexpr, ENDS: tl.constexpr, FLAT: tl.constexpr, SKIPS_ENDS: tl.constexpr,
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program per (h, diagonal of tiles TILE × TILE, part of the batch); long diagonals come first."""
+    """One program per (h, diagonal of tiles TILE × TILE, part of it); long diagonals come first.
+
+    The tiles of a diagonal are those of all batch entries; of as many parts, each is one entry.
+    If SKIPS_ENDS, the kernel of dq has the sums of tiles that lie in the ends.
+    """
     q_tiles, kv_tiles = (Sq + TILE - 1) // TILE, (Skv + TILE - 1) // TILE
     diagonals = q_tiles + kv_tiles - 1
     rank = tl.program_id(0) // (H * parts)
@@ -83,67 +87,81 @@ def backward_table(  # type: ignore[no-untyped-def]
     first_q = tl.maximum(q_tiles - 1 - diagonal, 0)
     first_kv = tl.maximum(diagonal - (q_tiles - 1), 0)
     length_of_one = tl.minimum(q_tiles - first_q, kv_tiles - first_kv)
-    first_b = part * BATCH // parts
-    last_b = (part + 1) * BATCH // parts
+    count = (BATCH * length_of_one).to(tl.int64)
+    begin, end = (part * count // parts).to(tl.int32), ((part + 1) * count // parts).to(tl.int32)
+    b = begin // length_of_one
     local = tl.arange(0, TILE)
     seed = 0
     if DROPOUT:
         seed = tl.load(Seed)
-    length = (last_b - first_b) * length_of_one
     # What distances alone say is alike in every tile of the diagonal: that all is forbidden, that all is
     # allowed, that the table is one number.
-    easy = length
+    easy = end
     if REACH is not None:
         rows, columns = first_q * TILE + local, first_kv * TILE + local
-        reached = REACH(first_b, h, rows[:, None], columns[None, :], Sq, Skv, ptrs, nums).to(tl.int32)
-        length = tl.where(tl.max(tl.max(reached, 1), 0) > 0, length, 0)
-        easy = tl.where(tl.min(tl.min(reached, 1), 0) > 0, length, 0)
+        reached = REACH(b, h, rows[:, None], columns[None, :], Sq, Skv, ptrs, nums).to(tl.int32)
+        end = tl.where(tl.max(tl.max(reached, 1), 0) > 0, end, begin)
+        easy = tl.where(tl.min(tl.min(reached, 1), 0) > 0, end, begin)
     if ENDS is not None:
-        low, high = ENDS(Ends, first_b, h, Sq, Skv, ptrs, nums)
+        low, high = ENDS(Ends, b, h, Sq, Skv, ptrs, nums)
         distance = (first_kv - first_q) * TILE
-        easy = tl.where((distance + TILE - 1 <= low) | (distance - TILE + 1 >= high), easy, 0)
+        in_ends = (distance + TILE - 1 <= low) | (distance - TILE + 1 >= high)
+        if SKIPS_ENDS:
+            end = tl.where(in_ends, begin, end)
+            easy = tl.minimum(easy, end)
+        else:
+            easy = tl.where(in_ends, easy, begin)
     total = tl.zeros([TILE, TILE], tl.float32)
     low_total = zeros_beside(total, PRECISION == "ieee")
     HAS_EASY: tl.constexpr = MASK is None or REACH_IS_MASK
     if not HAS_EASY:
-        easy = 0
+        easy = begin
     elif (REACH is not None) or (ENDS is not None):
-        for i in range(0, easy):
+        for i in range(begin, easy):
             of_tile = _table_tile(
-                i, length_of_one, first_q, first_kv, first_b, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats,
+                i, length_of_one, first_q, first_kv, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats,
                 ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, seed, threshold,
                 drop_scale, SCORE, None, SLOPE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, EVEN, DROPOUT, PRECISION,
-                TILE, FLAT,
+                TILE, None if SKIPS_ENDS else FLAT,
             )  # fmt: skip
             total, low_total = sum_up(total, low_total, of_tile)
     else:
-        easy = 0
-    for i in range(easy, length):
+        easy = begin
+    for i in range(easy, end):
         of_tile = _table_tile(
-            i, length_of_one, first_q, first_kv, first_b, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats,
+            i, length_of_one, first_q, first_kv, h, H, GROUP, Sq, Skv, Q, K, V, DOut, Stats,
             ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, seed, threshold,
             drop_scale, SCORE, MASK, SLOPE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, EVEN, DROPOUT, PRECISION,
             TILE, None,
         )  # fmt: skip
         total, low_total = sum_up(total, low_total, of_tile)
-    # Any tile of the diagonal has the distances; where the first sticks out, nothing was added.
-    rows = tl.minimum(first_q * TILE + local, Sq - 1)[:, None]
-    kv = tl.minimum(first_kv * TILE + local, Skv - 1)[None, :]
-    ADD(total, total, first_b, h, rows, kv, Sq, Skv, ptrs, nums, gptrs, gnums)
+    if end > begin:
+        # Any tile of the diagonal has the distances; where the first sticks out, nothing was added.
+        at_q = tl.minimum(first_q * TILE + local, Sq - 1)[:, None]
+        at_kv = tl.minimum(first_kv * TILE + local, Skv - 1)[None, :]
+        ADD(total, total, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
 
 
-@triton.jit(do_not_specialize=["table_r", "table_d", "length"])
-def table_ends(Table, Ends, table_r, table_d, length, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["table_r", "table_d", "length", "values_r", "values_d"])
+def table_ends(  # type: ignore[no-untyped-def]
+    Table, Values, Ends, table_r, table_d, length, values_r, values_d, CHUNK: tl.constexpr
+):
     """Per row of a table [rows, length]: up to which index, and from which on, it is one number.
 
-    One program per row.  A number that float32 does not add up with others well (or NaN) is none.
+    One program per row.  A number that float32 does not add up with others well (or NaN) is none; where
+    there are Values, [rows, ..], of which the table holds indices, what is said of numbers goes for them.
     """
     row = tl.program_id(0)
     base = Table + row.to(tl.int64) * table_r
     first = tl.load(base)
     last = tl.load(base + (length - 1).to(tl.int64) * table_d)
-    low = tl.where(tl.abs(first.to(tl.float32)) < MODERATE, length - 1, -1)
-    high = tl.where(tl.abs(last.to(tl.float32)) < MODERATE, 0, length)
+    at_first, at_last = first, last
+    if Values is not None:
+        values = Values + row.to(tl.int64) * values_r
+        at_first = tl.load(values + first.to(tl.int64) * values_d)
+        at_last = tl.load(values + last.to(tl.int64) * values_d)
+    low = tl.where(tl.abs(at_first.to(tl.float32)) < MODERATE, length - 1, -1)
+    high = tl.where(tl.abs(at_last.to(tl.float32)) < MODERATE, 0, length)
     for i in range(0, length, CHUNK):
         at = i + tl.arange(0, CHUNK)
         value = tl.load(base + at.to(tl.int64) * table_d, mask=at < length, other=0.0)

@@ -341,14 +341,22 @@ class _Site:
         """[rows, 2] int32: up to which index, and from which on, each row of the table is one number."""
         if self._ends[0] is None or self.code.ends is None:
             return None
-        table = captures[self.code.ends.capture]
+        found = self.code.ends
+        table = captures[found.capture]
         table = table if table.ndim == 2 else table[None]
-        ends = table.new_empty((table.shape[0], 2), dtype=torch.int32)
+        rows, values = len(table), None
+        strides: tuple[int, ...] = (0, 0)
+        if found.values is not None:
+            values = captures[found.values].movedim(found.axis, -1)
+            values = values if values.ndim == 2 else values[None]
+            rows, strides = len(values), values.stride()
+        ends = table.new_empty((rows, 2), dtype=torch.int32)
 
         def make() -> Launch:
-            return Launch(tables.table_ends, len(table), (*table.stride(), table.shape[1], 1024))
+            steps = (table.stride(0) if values is None else 0, table.stride(1))
+            return Launch(tables.table_ends, rows, (*steps, table.shape[1], *strides, 1024))
 
-        self.launches.run("ends", aligned, make, table, ends)
+        self.launches.run("ends", aligned, make, table, values, ends)
         return ends
 
     @property
@@ -492,6 +500,10 @@ class _Site:
         elif self.sums_diagonals and not uniform:
             assert code.table is not None
             accumulate = code.table.others
+        of_ends: tuple[Any, Any, int | None] = (None, None, None)
+        if self._skips_ends and not uniform:
+            assert code.table is not None
+            of_ends = (code.table.add, code.table.slope, self.config("table").bm)
         numbers = (
             *(
                 self.nums,
@@ -504,6 +516,7 @@ class _Site:
             *(*self._drop, self._dscale, code.score, None if uniform else code.mask, code.dscore, accumulate),
             *(
                 *((None, None) if uniform else self._ends),
+                *of_ends,
                 self._scale,
                 code.folded,
                 *self._dims,
@@ -525,7 +538,10 @@ class _Site:
         config = config or self.config("table")
         diagonals = -(-self.q_len // config.bm) + -(-self.kv_len // config.bm) - 1
         enough = 8 * _processors(self.device)
-        parts = self.batch if table.uses_b else min(self.batch, -(-enough // (self.heads * diagonals)))
+        # Few diagonals lie between the ends.
+        busy = min(diagonals, 8) if self._skips_ends else diagonals
+        tiles = self.batch * min(-(-self.q_len // config.bm), -(-self.kv_len // config.bm))
+        parts = self.batch if table.uses_b else min(tiles, -(-enough // (self.heads * busy)))
         numbers = (
             *(self.nums, self.gnums, *self._four_strides, self.batch, *self._lengths, parts, *self._drop),
             *(
@@ -536,6 +552,7 @@ class _Site:
                 table.reach,
                 table.reach_is_mask,
                 *self._ends,
+                self._skips_ends,
                 self._scale,
                 code.folded,
                 *self._dims,
@@ -544,6 +561,16 @@ class _Site:
         )
         programs = self.heads * parts * diagonals
         return Launch(tables.backward_table, programs, numbers, config.warps, config.stages)
+
+    @property
+    def _skips_ends(self) -> bool:
+        """Whether the kernel of dq has the gradient of the ends of a table of indices, and leaves the rest.
+
+        In full float32 sums over so many tiles need more care than it takes there.
+        """
+        table = self.code.table
+        ends = self._ends[0] is not None and self.precision != "ieee"
+        return ends and table is not None and table.has_ends and self.sums_diagonals
 
     @property
     def sums_diagonals(self) -> bool:

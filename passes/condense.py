@@ -8,18 +8,22 @@ operations, in the same order and dtypes, on one element for each value of the g
 
     bias[q, kv, h] = table[h, kv - q + Sq - 1]        table: [H, Sq + Skv - 1]
 
+Where what is left is an embedding, only the positions in it are a table, and the weights are read there:
+
+    bias[q, kv, h] = weight[buckets[kv - q + Sq - 1], h]        buckets: [Sq + Skv - 1]
+
 Nothing is derived anew, so the elements are the same bits; only the closed forms that the lift itself
 found (``arange(Skv) - arange(Sq)[:, None]`` is ``kv - q``) are replaced by an ``arange``.  Gradients reach
-the weights by autograd, at the rank of the table.
+the weights by autograd, at the rank of the table, or from the kernels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import fx
@@ -32,7 +36,7 @@ from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable, dimension, source_index
 from flashfuse.passes.nodes import same, shape
 from flashfuse.passes.recipes import Form, Step, Stored, Tree, Writer
-from flashfuse.passes.tables import Length, Table
+from flashfuse.passes.tables import Call, Capture, Length, Table
 
 if TYPE_CHECKING:
     from flashfuse.passes.lift import Lift
@@ -42,17 +46,26 @@ MAX_STEPS = 300
 
 
 @dataclass(frozen=True)
-class Condensed:
-    """What the search for a table came to: the table and its index, and what was read on the way."""
+class Element:
+    """``capture[at]``, where a position is an expression or an element itself; ``node`` names the capture."""
 
-    found: tuple[Table, Index] | None
+    capture: Capture
+    at: tuple[Union[Expr, Element], ...]
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Condensed:
+    """What the search for a table came to: the element of it, and what was read on the way."""
+
+    found: Element | None
     visited: dict[fx.Node, Expr]
     stored: dict[fx.Node, None]
     ints: dict[str, Any]
 
 
-def condense(lift: Lift, node: fx.Node, index: Index) -> tuple[Table, Index] | None:
-    """A table that holds ``node[index]``, and where; ``None`` where the graph's own tensor is as small.
+def condense(lift: Lift, node: fx.Node, index: Index) -> Element | None:
+    """The element of a table that is ``node[index]``; ``None`` where the graph's own tensor is as small.
 
     Layers that read one mask or bias at the same indices share one search.
     """
@@ -84,10 +97,9 @@ def searched(lift: Lift, node: fx.Node, index: Index) -> Condensed:
     found = None
     try:
         tree = reader.tree(node, index)
-        if not isinstance(tree, (Form, Stored)) or _computed(tree):
-            axes = Axes.of(tuple(reader.expressions), probe)
-            table = Writer(axes, probe, nodes.value(node).device).table(tree, node)
-            found = table, axes.index()
+        found = _looked_up(tree, probe)
+        if found is None and (not isinstance(tree, (Form, Stored)) or _computed(tree)):
+            found = _element_of_table(tree, node, tuple(reader.expressions), probe)
     except (NotCondensable, NotLiftable):
         pass
     return Condensed(found, probe.visited, reader.stored, probe.scope.ints)
@@ -95,6 +107,43 @@ def searched(lift: Lift, node: fx.Node, index: Index) -> Condensed:
 
 def _computed(tree: Form | Stored) -> bool:
     return isinstance(tree, Stored) and any(not isinstance(i, Expr) for i in tree.at)
+
+
+def _element_of_table(tree: Tree, node: fx.Node, positions: Sequence[Expr], lift: Lift) -> Element:
+    axes = Axes.of(positions, lift)
+    return Element(Writer(axes, lift, nodes.value(node).device).table(tree, node), axes.index(), node)
+
+
+def _looked_up(tree: Tree, lift: Lift) -> Element | None:
+    """A stored tensor at a position that a table holds, if ``tree`` is that."""
+    if not isinstance(tree, Stored) or tree.wraps:
+        return None
+    computed = [i for i in tree.at if isinstance(i, Step)]
+    if len(computed) != 1 or sum(isinstance(i, Expr) for i in tree.at) != len(tree.at) - 1:
+        return None
+    place = computed[0]
+    try:
+        element = _element_of_table(place, place.node, tuple(dict.fromkeys(_positions(place))), lift)
+    except NotCondensable:
+        return None
+    table = element.capture
+    if isinstance(table, Table) and table.dtype == torch.int64:
+        narrow = Table(Call("to", table.recipe, torch.int32), table.shape, torch.int32, table.device)
+        element = dataclasses.replace(element, capture=narrow)
+    return Element(tree.node, tuple(element if i is place else i for i in tree.at), tree.node)
+
+
+def _positions(x: Any) -> Iterator[Expr]:
+    """Everything that says which element of a tree is meant."""
+    if isinstance(x, Form):
+        yield x.value
+    elif isinstance(x, Expr):
+        yield x
+    else:
+        parts = x.at if isinstance(x, Stored) else (x.args, x.kwargs) if isinstance(x, Step) else x
+        for part in parts.values() if isinstance(parts, dict) else parts:
+            if isinstance(part, (Form, Stored, Step, Expr, tuple, list, dict)):
+                yield from _positions(part)
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -156,10 +205,10 @@ class _Reader:
         self.expressions[e] = None
         return e
 
-    def at(self, node: fx.Node, index: Sequence[Any]) -> Stored:
+    def at(self, node: fx.Node, index: Sequence[Any], wraps: bool = False) -> Stored:
         self.stored[node] = None
         self.lift.visited.setdefault(node, const(0))
-        return Stored(node, tuple(self.seen(i) if isinstance(i, Expr) else i for i in index))
+        return Stored(node, tuple(self.seen(i) if isinstance(i, Expr) else i for i in index), wraps)
 
     def _read(self, node: fx.Node, op: Op, index: Index) -> Tree | None:
         if op.name in dialect.CASTS:
@@ -229,7 +278,7 @@ class _Reader:
             places.append(
                 self.tree(t, tuple(const(0) if same(n, 1) else i for i, n in zip(aligned, own, strict=True)))
             )
-        return self.at(source, (*places, *tail))
+        return self.at(source, (*places, *tail), wraps=True)
 
 
 def functional(node: fx.Node) -> Any:

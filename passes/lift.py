@@ -22,7 +22,7 @@ from flashfuse.kernels import expr as E
 from flashfuse.kernels.expr import Expr, const
 from flashfuse.kernels.spec import DeadRows
 from flashfuse.passes import dialect, nodes
-from flashfuse.passes.condense import Condensed, condense
+from flashfuse.passes.condense import Condensed, Element, condense
 from flashfuse.passes.contraction import Product
 from flashfuse.passes.dialect import Op
 from flashfuse.passes.indices import Index, NotLiftable
@@ -106,10 +106,18 @@ class Lift:
                 self.stops[node] = str(stop)
             else:
                 # What stored positions select is better selected once, for a table, than by every element.
-                table = self._table(node, index) if any(map(E.selects, E.walk(e))) else None
+                table = self._table(node, index) if any(map(self._selects, E.walk(e))) else None
                 if table is not None or not self._smaller_as_tensor(op, e, index):
                     return e if table is None else table
         return self._leaf(node, index)
+
+    def _selects(self, e: Expr) -> bool:
+        """True for a load at a position that is loaded, but for one that a table holds as it is."""
+        return E.selects(e) and any(
+            any(n.op == "load" for n in E.walk(i))
+            and not (i.op == "load" and isinstance(self.scope.captures.get(i.args[0]), Table))
+            for i in e.operands
+        )
 
     def _smaller_as_tensor(self, op: Op, e: Expr, index: Index) -> bool:
         """Materialise at the smallest rank: what does not run over both q and kv stays a tensor.
@@ -131,10 +139,11 @@ class Lift:
     def _table(self, node: fx.Node, index: Index) -> Expr | None:
         """``node[index]`` as an element of a table that is smaller than one for each q and kv."""
         found = condense(self, node, index) if self.condenses else None
-        if found is None:
-            return None
-        table, place = found
-        return E.load(self._name(table, node), map(self.simplify, place))
+        return None if found is None else self._loaded(found)
+
+    def _loaded(self, element: Element) -> Expr:
+        places = (self._loaded(i) if isinstance(i, Element) else self.simplify(i) for i in element.at)
+        return E.load(self._name(element.capture, element.node), places)
 
     def _leaf(self, node: fx.Node, index: Index) -> Expr:
         table = self._table(node, index)
@@ -157,7 +166,8 @@ class Lift:
         for name, known in self.scope.captures.items():
             if known is capture or (isinstance(known, Table) and known == capture):
                 return name
-        base = re.sub(r"^l_(kwargs_|args_|self_)?|_$", "", re.sub(r"\W", "_", node.name.lower())) or "x"
+        base = re.sub(r"^l_(kwargs_|args_|self_)?|_$", "", re.sub(r"\W", "_", node.name.lower()))
+        base = re.sub(r"^.*modules_|(parameters|buffers)_", "", base) or "x"
         base = base if base.isidentifier() else f"arg_{base}"
         taken = {
             *E.INDEX_VARS,

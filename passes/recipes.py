@@ -34,10 +34,14 @@ class Form:
 
 @dataclass(frozen=True)
 class Stored:
-    """``node`` at these positions: expressions, or integers computed by other steps."""
+    """``node`` at these positions: expressions, or integers computed by other steps.
+
+    ``wraps``: computed ones may be negative, and count from the end then.
+    """
 
     node: fx.Node
     at: tuple[Any, ...]
+    wraps: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,7 +58,7 @@ MASKS = {
 PROGRAMS = {
     "plain": "s*{scale}",
     "bias": "s*{scale} + bias[0, h, q, kv]",
-    "T5": "s*{scale} + table[h, kv - q + Sq - 1]",
+    "T5": "s*{scale} + table[bucket[kv - q + Sq - 1], h]",
     "ALiBi": "s*{scale} + slope[h]*(kv - q)",
     "softcap": "tanh(s*{capped})*20.0",
     "sinks": "s*{scale}",
@@ -110,7 +110,7 @@ CAPTURES: dict[str, Callable[[int, int, int, int], Tensor]] = {
     "pad": lambda b, h, sq, skv: (torch.arange(skv) >= _starts(b, skv)) & (torch.arange(skv) < _ends(b, skv)),
     "alive": _alive,
     "bias": lambda b, h, sq, skv: torch.randn(1, h, sq, skv),
-    "table": lambda *n: torch.randn(n[1], BUCKETS)[:, _bucket(*n)],
+    "table": lambda b, h, sq, skv: torch.randn(BUCKETS, h),
     "slope": lambda b, h, sq, skv: 2.0 ** -torch.arange(1, h + 1),
     "sinks": _sinks,
     "near": lambda b, h, sq, skv: torch.randn(h, sq, BUCKETS),

@@ -35,7 +35,7 @@ def with_table(*sizes: int) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: (*qkv(), randn(*sizes))
 
 
-@fused("distance_bias", "s + c[h, kv + 6 - q] else nan", inputs=with_table(8, H), captures=DYNAMO)
+@fused("distance_bias", "s + c[i[kv + 6 - q], h] else nan", inputs=with_table(8, H), captures=DYNAMO)
 def t5(q, k, v, weight):
     bias = F.embedding(bucket(distances()), weight).permute([2, 0, 1]).unsqueeze(0)
     return softmax(q @ k.transpose(-1, -2) + bias) @ v
@@ -63,7 +63,7 @@ def log_bucket(distance: Tensor, buckets: int = 8, furthest: int = 20) -> Tensor
     )
 
 
-@fused("distance_bias", "s + c[h, kv + 6 - q] else nan", inputs=with_table(17, H), captures=DYNAMO)
+@fused("distance_bias", "s + c[i[kv + 6 - q], h] else nan", inputs=with_table(17, H), captures=DYNAMO)
 def deberta(q, k, v, weight):
     bias = F.embedding(log_bucket(distances()) + 8, weight).permute([2, 0, 1]).unsqueeze(0)
     return softmax(q @ k.transpose(-1, -2) + bias) @ v

@@ -182,12 +182,19 @@ rows = torch.tensor([[1, 1, 1, 2, 3, 4, 4, 4], [5] * 8, [1, 2, 3, 3, 3, 3, 3, 3]
                      [nan] * 8])
 ends = torch.empty(5, 2, dtype=torch.int32)
 from flashfuse.kernels.tables import table_ends
-table_ends[(5,)](rows, ends, 8, 1, 8, 4)
+table_ends[(5,)](rows, None, ends, 8, 1, 8, 0, 0, 4)
 results["ends"] = "" if torch.equal(ends, expected) else str(ends)
+# Of indices: what they stand for says whether it is a moderate number.
+values = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, nan], [1e6, 1.0, 2.0]])
+table_ends[(3,)](torch.tensor([0, 0, 1, 1, 2, 2, 2, 2]), values, ends, 0, 1, 8, 3, 1, 4)
+expected = torch.tensor([[1, 4], [1, 8], [-1, 4]], dtype=torch.int32)
+results["ends of indices"] = "" if torch.equal(ends[:3], expected) else str(ends)
 
 def buckets(b, h, sq, skv):
     distance = torch.arange(1 - sq, skv)
     return [torch.randn(h, 41)[:, distance.clamp(-20, 20) + 20]]
+def of_indices(b, h, sq, skv):
+    return [torch.randn(41, h), torch.arange(1 - sq, skv).clamp(-20, 20) + 20]
 def of_row(b, h, sq, skv):
     return [torch.randn(41)[torch.arange(1 - sq, skv).clamp(-20, 20) + 20]]
 for case in [
@@ -197,10 +204,16 @@ for case in [
          sizes=(1, 1, 140, 270), captures=lambda *n: [*of_row(*n), *left_pad(*n)], dropout_p=0.2),
     dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv >= q - 3 sink x[h]", sizes=(1, 1, 140, 290),
          captures=lambda *n: [*buckets(*n), *sinks(*n)], dtype=torch.float16),
+    *(dict(program="s*0.158 + w[i[kv - q + Sq - 1], h]", sizes=(2, 1, 290, 290), captures=of_indices,
+           dtype=dtype) for dtype in (torch.float16, torch.float32)),
+    dict(program="s*0.158 + 2.0*w[i[kv - q + Sq - 1], h] where kv <= q", sizes=(1, 2, 300, 310),
+         captures=of_indices, dtype=torch.float16, dropout_p=0.2),
+    dict(program="s*0.158 + w[i[kv - q + Sq - 1], h] where pad[b, kv] else uniform", sizes=(2, 1, 140, 300),
+         captures=lambda *n: [*of_indices(*n), *right_pad(*n)], dtype=torch.float16),
 ]:
     case = Case(**case, grads=(0,), dims=(16, 16))
     attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
-""", 5),
+""", 10),
     "few queries": ("""
 run_launch, launched = launch.launch, []
 def recorded(what, *tensors):
