@@ -7,7 +7,7 @@ With P the softmax weights, R the dropout keep-mask over 1 − p (1 without drop
     dv = (P ∘ R)ᵀ do      dk = dXᵀ q      dq = dX k      d capture += Σ dS · d score / d load
 
     q dq [B, H, Sq, D]   k dk [B, H_kv, Skv, D]   v dv [B, H_kv, Skv, DV]   do out [B, H, Sq, DV]
-    Stats [B, H, Sq, 2] float32: lse and delta; unless FOLDED [B, H, Sq, 4]: lse, delta, norm, unused
+    Stats [B, H, Sq, 2] float32: lse and delta; unless FOLDED [B, H, Sq, 4]: lse, delta, norm, and for LINE
 
 One kernel walks the queries of a tile of keys (dk, dv; it sums over the heads of a group), one the
 keys of a tile of queries (dq, captures).  P is recomputed as 2^(x − lse).  A dead row has lse = +∞
@@ -35,6 +35,7 @@ from flashfuse.kernels.device_math import (
     zeros_beside,
 )
 from flashfuse.kernels.forward import (
+    along_keys,
     count_ends,
     count_ends_of_range,
     load_rows,
@@ -95,7 +96,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
     sgs,
     H, GROUP, Sq, Skv, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, LINE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -105,6 +106,9 @@ def backward_rows(  # type: ignore[no-untyped-def]
     where lse cannot hold it: at a row maximum of −3.4e38 (a finite mask over every key) float32 drops
     the ``ln l`` of lse = m + ln l, and the sum is l.  Unless EXACT, only such rows are summed.  A FOLDED
     program has no norm.
+
+    Where the score is a line over q and kv, LINE is the tile of queries in the kernel of dk and dv: the last
+    of ``Stats`` is lse less what the score gains from the first query of its tile on.
     """
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
@@ -167,6 +171,11 @@ def backward_rows(  # type: ignore[no-untyped-def]
             tl.store(Stats + at * WIDTH + 1, weighted / total, mask=live)
     if not FOLDED:
         tl.store(Stats + at * WIDTH + 2, norm, mask=inside)
+    if LINE is not None:
+        zeros = tl.zeros_like(local)
+        gain = SCORE(0.0, b, h, (first + local) % LINE, zeros, Sq, Skv, ptrs, nums)
+        gain -= SCORE(0.0, b, h, zeros, zeros, Sq, Skv, ptrs, nums)
+        tl.store(Stats + at * WIDTH + 3, lse - gain, mask=inside)
 
 
 # --- dk, dv -----------------------------------------------------------------------------------
@@ -193,28 +202,32 @@ def load_stats(Stats, rows, inside, CHECK: tl.constexpr, FOLDED: tl.constexpr): 
 
 @triton.jit
 def _load_stats_of_columns(  # type: ignore[no-untyped-def]
-    Stats, rows, inside, ROWS: tl.constexpr, CHECK: tl.constexpr, FOLDED: tl.constexpr
+    Stats, rows, inside, ROWS: tl.constexpr, CHECK: tl.constexpr, FOLDED: tl.constexpr, LINE: tl.constexpr
 ):
-    """The same, for a tile of scores that has the rows as its columns.
+    """The same, for a tile of scores with the rows as its columns; of a LINE lse as ``Stats`` has it last.
 
     There a thread needs many rows.  Vectors of fewer than 128 numbers it would read for itself; one tile of
     so many the threads read together.  Half as many numbers are read twice for that.
     """
+    WIDTH: tl.constexpr = 2 if FOLDED else 4
     if ROWS < 32:
         lse, delta, norm = load_stats(Stats, rows, inside, CHECK, FOLDED)
+        if LINE:
+            lse = tl.load(Stats + rows * WIDTH + 3, mask=inside, other=float("inf"))
     else:
-        WIDTH: tl.constexpr = 2 if FOLDED else 4
         COLUMNS: tl.constexpr = 4 if ROWS < 64 else WIDTH
         at = (rows * WIDTH)[:, None] + tl.arange(0, COLUMNS)[None, :] % WIDTH
         if CHECK:
             stats = tl.load(Stats + at, mask=inside[:, None], other=0.0)
         else:
             stats = tl.load(Stats + at)
-        # [.., i] of the first and of the second half: lse and delta; norm and what is unused, or again those.
+        # [.., i] of the first and of the second half: lse and delta; norm and the last, or again those.
         if COLUMNS == 4:
             even, odd = tl.split(tl.reshape(stats, [ROWS, 2, 2]))
             lse, norm = tl.split(even)
-            delta, _ = tl.split(odd)
+            delta, last = tl.split(odd)
+            if LINE:
+                lse = last
         else:
             lse, delta = tl.split(stats)
             norm = lse
@@ -231,7 +244,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr, FLAT: tl.constexpr = None,
+    UNIFORM: tl.constexpr, FLAT: tl.constexpr = None, LINE: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of BM queries into dk [BN, D_PAD] and dv [BN, DV_PAD]; scores lie as [kv, q]."""
     start = tl.cast(start, tl.int32)
@@ -239,13 +252,16 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     offset = start.to(tl.int64) * 8
     q = load_rows(q_base + offset * sqs, local, sqs, Sq - start, D, D_PAD, CHECK)  # [BM, D_PAD]
     rows = start + local
-    lse, delta, norm = _load_stats_of_columns(stats_base, rows, rows < Sq, BM, CHECK, FOLDED)
+    lse, delta, norm = _load_stats_of_columns(stats_base, rows, rows < Sq, BM, CHECK, FOLDED, LINE)
     if CHECK:
         rows = tl.minimum(rows, Sq - 1)
     s = dot_rows(k, q, PRECISION)  # [BN, BM]
     if FLAT is not None:
         t = SCORE(0.0, b, h, tl.minimum(start, Sq - 1), kv_first, Sq, Skv, ptrs, nums)
-        p = tl.exp2(s * (FLAT * LOG2E) + ((t - lse) * LOG2E - norm)[None, :])
+        x = s * (FLAT * LOG2E)
+        if LINE:
+            x += (along_keys(tl.arange(0, BN), b, h, Sq, Skv, ptrs, nums, SCORE) * LOG2E)[:, None]
+        p = tl.exp2(x + ((t - lse) * LOG2E - norm)[None, :])
     else:
         if SCALE is not None:
             x = s * SCALE
@@ -284,7 +300,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
     sxkb, sxkh, sxks, sxvb, sxvh, sxvs, H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ENDS: tl.constexpr,
-    FLAT: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    FLAT: tl.constexpr, LINE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -353,6 +369,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                         b, h,
                         Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
                         FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, FLAT,
+                        LINE,
                     )  # fmt: skip
                     start = tile_of_ends(Full, i + 1, full, before, after, BM, BLOCK)
             num_tiles = (full - before - after) * (BLOCK // BM)
@@ -389,6 +406,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                         b, h,
                         Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
                         FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, FLAT,
+                        LINE,
                     )  # fmt: skip
             for start in range(before * BM, (whole - after) * BM, BM):
                 dk, dv, dk_low, dv_low = _dkdv_tile(
@@ -436,7 +454,7 @@ def ds_tile(  # type: ignore[no-untyped-def]
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr, FLAT: tl.constexpr = None,
+    UNIFORM: tl.constexpr, FLAT: tl.constexpr = None, LINE: tl.constexpr = False,
 ):  # fmt: skip
     """(dS, s, k, positions of keys, which are allowed) of one tile of BN keys, dS and s [BM, BN]."""
     offset = start.to(tl.int64) * 8
@@ -449,8 +467,11 @@ def ds_tile(  # type: ignore[no-untyped-def]
         kv = tl.minimum(kv, Skv - 1)
     s = dot_rows(q, k, PRECISION)  # [BM, BN]
     if FLAT is not None:
-        t = SCORE(0.0, b, h, q_first, start, Sq, Skv, ptrs, nums)
-        p = tl.exp2(s * (FLAT * LOG2E) + ((t - lse) * LOG2E - norm)[:, None])
+        t = SCORE(0.0, b, h, rows if LINE else q_first, start, Sq, Skv, ptrs, nums)
+        x = s * (FLAT * LOG2E)
+        if LINE:
+            x += (along_keys(columns, b, h, Sq, Skv, ptrs, nums, SCORE) * LOG2E)[None, :]
+        p = tl.exp2(x + ((t - lse) * LOG2E - norm)[:, None])
     else:
         if SCALE is not None:
             x = s * SCALE
@@ -480,7 +501,8 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr, REFINES: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr = None,
+    UNIFORM: tl.constexpr, REFINES: tl.constexpr, TILE: tl.constexpr,
+    FLAT: tl.constexpr = None, LINE: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of BN keys into dq [BM, D_PAD], the captures' gradients, and the sums of dS.
 
@@ -491,7 +513,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     ds, s, k, kv, allowed = ds_tile(
         q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
         ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
-        D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, CHECK, PRECISION, UNIFORM, FLAT,
+        D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, CHECK, PRECISION, UNIFORM, FLAT, LINE,
     )  # fmt: skip
     every, before, after = sums
     if REFINES or TILE is not None:
@@ -526,8 +548,8 @@ def backward_dq(  # type: ignore[no-untyped-def]
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdqb, sdqh, sdqs,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
-    ENDS: tl.constexpr, FLAT: tl.constexpr, ADD: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr,
-    SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    ENDS: tl.constexpr, FLAT: tl.constexpr, LINE: tl.constexpr,
+    ADD: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UNIFORM: tl.constexpr, REFINES: tl.constexpr,
@@ -597,7 +619,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
                     dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
                     rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                     SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
-                    False, PRECISION, UNIFORM, REFINES, TILE, FLAT,
+                    False, PRECISION, UNIFORM, REFINES, TILE, FLAT, LINE,
                 )  # fmt: skip
                 start = tile_of_ends(Full, i + 1, full, before, after, BN, BLOCK)
         num_tiles = (full - before - after) * (BLOCK // BN)
@@ -622,7 +644,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
                     dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
                     rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                     SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
-                    False, PRECISION, UNIFORM, REFINES, TILE, FLAT,
+                    False, PRECISION, UNIFORM, REFINES, TILE, FLAT, LINE,
                 )  # fmt: skip
         for start in range(before * BN, whole - after * BN, BN):
             dq, dq_low, sums = _dq_tile(

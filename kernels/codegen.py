@@ -20,7 +20,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashfuse.kernels.derivative import derivative
-from flashfuse.kernels.expr import Expr, S, const, contains, logical_and, mul, substitute, variables, walk
+from flashfuse.kernels.expr import (
+    Expr,
+    S,
+    add,
+    const,
+    contains,
+    div,
+    logical_and,
+    mul,
+    substitute,
+    variables,
+    walk,
+)
 from flashfuse.kernels.printer import (
     CaptureType,
     Names,
@@ -62,22 +74,28 @@ class Table:
 
 @dataclass(frozen=True)
 class Ends:
-    """A score a s + t, of which t depends on q and kv only by a table of distances.
+    """A score a s + t, of which t depends on q and kv only by a table of distances, or is a line over kv.
 
-    Tables of buckets are one number beyond the farthest bucket: tiles that lie there need no loads.
+    Tables of buckets are one number beyond the farthest bucket: tiles that lie there need no loads.  A line
+    is a number for each row and one for each column in all tiles, if its slope is moderate.
 
     Attributes:
-        capture: the position of the table, of one axis or two, of which the last is that of distances.
+        capture: the position of the table, of one axis or two, of which the last is that of distances; of a
+            line ``None``.
         values: the position of what the table's integers are indices of, if they are: one axis or two.
         axis: the one of ``values`` that they are indices of.
         of_row: the jit function that gives (low, high): the table is constant at distances kv − q up to low,
             and from high on.  It reads the indices of the table where that is so, ``triton_attention.ends``.
     """
 
-    capture: int
+    capture: int | None
     values: int | None
     axis: int
     of_row: Any
+
+    @property
+    def is_line(self) -> bool:
+        return self.capture is None
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,8 @@ class Generated:
         ends: how to find tiles in which the score's table is one number, if it has such a table.
         sums_rows: a wanted gradient is summed over the keys of a row, where the errors of dS add up.
         loads: ``tiles`` where the score loads something at an index of both q and kv, ``scattered`` where
-            that is by ``load_scattered``, ``distances`` where it is one table of distances, else ``""``.
+            that is by ``load_scattered``, ``distances`` where it is one table of distances; ``line`` where
+            ``ends`` is one, else ``""``.
     """
 
     score: Any
@@ -143,8 +162,13 @@ def generate(
     of_distance = [load for load in loads if is_of_distance(load.node)]
     if len(of_distance) == 1:
         functions += _table_functions(program, of_distance[0], loads, names)
-    with_ends = _load_with_ends(score, names) if dscale is not None and dscale > 0 else None
-    functions.append("" if with_ends is None else _ends_function(*with_ends, names))
+    may_have_ends = dscale is not None and dscale > 0
+    with_ends = _load_with_ends(score, names) if may_have_ends else None
+    line = _slope_over_keys(score) if may_have_ends and fold and not folded else None
+    if with_ends is not None:
+        functions.append(_ends_function(*with_ends, names))
+    elif line is not None:
+        functions.append(_ends_of_line(line, names))
     module = load_module("\n\n".join(f for f in functions if f))
     ends = None
     if with_ends is not None:
@@ -152,6 +176,8 @@ def generate(
         values = None if place is load else program.captures.index(load.args[0])
         axis = 0 if place is load else load.operands.index(place)
         ends = Ends(program.captures.index(place.args[0]), values, axis, module.ends_of_row)
+    elif line is not None:
+        ends = Ends(None, None, 0, module.ends_of_row)
     table = None
     if len(of_distance) == 1:
         optional = (getattr(module, name, None) for name in ("table_slope", "reach_mod", "accumulate_others"))
@@ -171,7 +197,7 @@ def generate(
         scale=scale,
         dscale=dscale,
         folded=folded,
-        loads=_loads(score, names),
+        loads="line" if ends is not None and ends.is_line else _loads(score, names),
         sums_rows=any(_sums_rows(score, program.captures[index]) for index, _ in grads),
     )
 
@@ -372,6 +398,39 @@ def _ends_function(load: Expr, place: Expr, names: Names) -> str:
     at_zero = printer.as_kind(place.operands[-1], "int")
     low, high = f"tl.load(Ends + ({row}) * 2) - ({at_zero})", f"tl.load(Ends + ({row}) * 2 + 1) - ({at_zero})"
     return render("ends_of_row", "Ends, b, h, Sq, Skv, ptrs, nums", [*printer.lines, f"return {low}, {high}"])
+
+
+def _slope_over_keys(score: Expr) -> Expr | None:
+    """m where the score is m·kv + n·q + f(s), with m and n alike for all q and kv; ``None`` where m is 0."""
+    slopes = [_slope(score, name) for name in ("kv", "q")]
+    alike = all(m is not None and not variables(m) & {"s", "q", "kv"} for m in slopes)
+    return slopes[0] if alike and slopes[0] != const(0) else None
+
+
+def _slope(e: Expr, name: str) -> Expr | None:
+    """The derivative by a variable of what is of first degree in it, ``None`` of anything else."""
+    if name not in variables(e):
+        return const(0)
+    if e.op == "var":
+        return const(1)
+    if e.op == "+":
+        found = [m for m in (_slope(term, name) for term in e.operands) if m is not None]
+        return add(*found) if len(found) == len(e.operands) else None
+    if e.op in ("*", "/"):
+        a, b = e.operands
+        if e.op == "*" and name in variables(b):
+            a, b = b, a
+        slope = None if name in variables(b) else _slope(a, name)
+        return None if slope is None else mul(slope, b) if e.op == "*" else div(slope, b)
+    return None
+
+
+def _ends_of_line(slope: Expr, names: Names) -> str:
+    """All tiles lie in the first end, or none in any."""
+    printer = Printer(names)
+    moderate = f"tl.abs({printer.as_kind(slope, 'float')}) < 4096.0"
+    every = [*printer.lines, f"return tl.where({moderate}, 1 << 30, -(1 << 30)), 1 << 30"]
+    return render("ends_of_row", "Ends, b, h, Sq, Skv, ptrs, nums", every)
 
 
 # --- modules ----------------------------------------------------------------------------------

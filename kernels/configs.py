@@ -71,7 +71,7 @@ class Kind(NamedTuple):
     ``head_dim`` is the larger of the padded D and Dv, ``itemsize`` the bytes of an element of q,
     ``capability`` the device's major compute capability, ``plain`` a score ``s*c`` without a mask,
     ``loads`` is ``tiles`` where something is loaded per element, ``scattered`` where entries of tables are,
-    ``distances`` where those of one table of distances are.
+    ``distances`` where those of one table of distances are, ``line`` where the score is a line over the keys.
     """
 
     head_dim: int
@@ -108,7 +108,10 @@ def choose(kernel: str, kind: Kind) -> Config:
     if kind.itemsize != 2:
         return _SINGLE[kernel][bucket]
     capability = min(max(kind.capability, 8), 10)
-    if kind.loads and bucket < 2:
+    if kind.loads == "line":
+        if capability == 9 and kernel == "dq" and not bucket:
+            return _DISTANCES[kernel]
+    elif kind.loads and bucket < 2:
         if capability != 9 or kind.loads == "tiles":
             return _TILE_LOADS[kernel]
         if kind.loads == "distances" and not bucket:

@@ -93,17 +93,26 @@ def load_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def along_keys(columns, b, h, Sq, Skv, ptrs, nums, SCORE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[BN]: what a score that is a line over the keys gains over the columns of a tile."""
+    zeros = tl.zeros_like(columns)
+    value = SCORE(0.0, b, h, zeros, columns, Sq, Skv, ptrs, nums)
+    return value - SCORE(0.0, b, h, zeros, zeros, Sq, Skv, ptrs, nums)
+
+
+@triton.jit
 def attend(  # type: ignore[no-untyped-def]
     acc, l, m, q, k_base, v_base, sks, svs, start, q_first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
     threshold,
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    FLAT: tl.constexpr = None,
+    FLAT: tl.constexpr = None, LINE: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of BN keys into acc [BM, DV_PAD], l [BM], m [BM].
 
-    FLAT is a where the score is a s + t, with one number t for the tile.
+    FLAT is a where the score is a s + t, with one number t for the tile, or one for each row and, of a LINE,
+    one for each column.
     """
     start = tl.cast(start, tl.int32)
     offset = start.to(tl.int64) * 8
@@ -124,10 +133,16 @@ def attend(  # type: ignore[no-untyped-def]
     elif CHECK:
         s = tl.where(inside, s, float("-inf"))
     if FLAT is not None:
-        t = SCORE(0.0, b, h, q_first, start, Sq, Skv, ptrs, nums)
-        m_new = tl.maximum(m, tl.max(s, 1) * FLAT + t)
+        if LINE:
+            t = SCORE(0.0, b, h, q_rows, start, Sq, Skv, ptrs, nums)
+            s = s * FLAT + along_keys(columns, b, h, Sq, Skv, ptrs, nums, SCORE)[None, :]
+            m_new = tl.maximum(m, tl.max(s, 1) + t)
+        else:
+            t = SCORE(0.0, b, h, q_first, start, Sq, Skv, ptrs, nums)
+            m_new = tl.maximum(m, tl.max(s, 1) * FLAT + t)
         m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * (FLAT * LOG2E) + ((t - m_used) * LOG2E)[:, None])
+        UNIT: tl.constexpr = LOG2E if LINE else FLAT * LOG2E
+        p = tl.exp2(s * UNIT + ((t - m_used) * LOG2E)[:, None])
         alpha = tl.exp2((m - m_used) * LOG2E)
     elif SCALE is not None:
         m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
@@ -170,7 +185,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sob, soh, sos,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, ENDS: tl.constexpr,
-    FLAT: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
+    FLAT: tl.constexpr, LINE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, DEAD: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -232,7 +247,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
                     acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
                     seed, bh,
                     threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
-                    PRECISION, FLAT,
+                    PRECISION, FLAT, LINE,
                 )  # fmt: skip
                 start = tile_of_ends(Full, i + 1, full, before, after, BN, BLOCK)
         num_tiles = (full - before - after) * (BLOCK // BN)
@@ -257,7 +272,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
                     acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
                     seed, bh,
                     threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
-                    PRECISION, FLAT,
+                    PRECISION, FLAT, LINE,
                 )  # fmt: skip
         for start in range(before * BN, whole - after * BN, BN):
             acc, l, m = attend(

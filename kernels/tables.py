@@ -94,23 +94,23 @@ def backward_table(  # type: ignore[no-untyped-def]
     seed = 0
     if DROPOUT:
         seed = tl.load(Seed)
-    # What distances alone say is alike in every tile of the diagonal: that all is forbidden, that all is
-    # allowed, that the table is one number.
+    # What distances alone say is alike in every tile of the diagonal: that the table is one number, that all
+    # is forbidden, that all is allowed.
     easy = end
-    if REACH is not None:
-        rows, columns = first_q * TILE + local, first_kv * TILE + local
-        reached = REACH(b, h, rows[:, None], columns[None, :], Sq, Skv, ptrs, nums).to(tl.int32)
-        end = tl.where(tl.max(tl.max(reached, 1), 0) > 0, end, begin)
-        easy = tl.where(tl.min(tl.min(reached, 1), 0) > 0, end, begin)
     if ENDS is not None:
         low, high = ENDS(Ends, b, h, Sq, Skv, ptrs, nums)
         distance = (first_kv - first_q) * TILE
         in_ends = (distance + TILE - 1 <= low) | (distance - TILE + 1 >= high)
         if SKIPS_ENDS:
-            end = tl.where(in_ends, begin, end)
-            easy = tl.minimum(easy, end)
+            if in_ends:
+                return
         else:
-            easy = tl.where(in_ends, easy, begin)
+            easy = tl.where(in_ends, end, begin)
+    if REACH is not None:
+        rows, columns = first_q * TILE + local, first_kv * TILE + local
+        reached = REACH(b, h, rows[:, None], columns[None, :], Sq, Skv, ptrs, nums).to(tl.int32)
+        end = tl.where(tl.max(tl.max(reached, 1), 0) > 0, end, begin)
+        easy = tl.where(tl.min(tl.min(reached, 1), 0) > 0, tl.minimum(easy, end), begin)
     total = tl.zeros([TILE, TILE], tl.float32)
     low_total = zeros_beside(total, PRECISION == "ieee")
     HAS_EASY: tl.constexpr = MASK is None or REACH_IS_MASK

@@ -331,15 +331,15 @@ class _Site:
         return self.threshold, self.drop_scale
 
     @property
-    def _ends(self) -> tuple[Any, float | None]:
-        """``Ends.of_row`` and the slope of the score, where tiles in which a table is one number may be."""
+    def _ends(self) -> tuple[Any, float | None, bool]:
+        """``Ends.of_row``, the slope of the score and ``Ends.is_line``, where tiles may lie in ends."""
         if self.code.ends is None or self.kv_len < SHORTEST_WITH_ENDS:
-            return None, None
-        return self.code.ends.of_row, self.code.dscale
+            return None, None, False
+        return self.code.ends.of_row, self.code.dscale, self.code.ends.is_line
 
     def ends(self, captures: Sequence[Tensor], aligned: bool) -> Tensor | None:
         """[rows, 2] int32: up to which index, and from which on, each row of the table is one number."""
-        if self._ends[0] is None or self.code.ends is None:
+        if self._ends[0] is None or self.code.ends is None or self.code.ends.capture is None:
             return None
         found = self.code.ends
         table = captures[found.capture]
@@ -451,7 +451,7 @@ class _Site:
         numbers = (
             *(self.nums, *self._four_strides, *self._lengths, *self._drop),
             *(code.score, code.mask, code.sink, self._scale, code.folded),
-            *(self.sums_rows_exactly, *self._dims),
+            *(self.sums_rows_exactly, self.config("dkdv").bm if self._ends[2] else None, *self._dims),
             *(self.dropout, self.precision, config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
@@ -478,7 +478,7 @@ class _Site:
                 code.score,
                 None if uniform else code.mask,
                 code.dscore,
-                *((None, None) if uniform else self._ends),
+                *((None, None, False) if uniform else self._ends),
                 self._scale,
             ),
             *(code.folded, *self._dims, BLOCK, self.even, self.dropout, self.precision, uniform),
@@ -515,7 +515,7 @@ class _Site:
             ),
             *(*self._drop, self._dscale, code.score, None if uniform else code.mask, code.dscore, accumulate),
             *(
-                *((None, None) if uniform else self._ends),
+                *((None, None, False) if uniform else self._ends),
                 *of_ends,
                 self._scale,
                 code.folded,
@@ -551,7 +551,7 @@ class _Site:
                 table.add,
                 table.reach,
                 table.reach_is_mask,
-                *self._ends,
+                *self._ends[:2],
                 self._skips_ends,
                 self._scale,
                 code.folded,

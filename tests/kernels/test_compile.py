@@ -35,6 +35,7 @@ SITES = {
     "block mask 64": {"text": f"{CAUSAL} and keep[h, q//64, kv//64] else zero", "captures": [(4, 4, 4)]},
     "butterfly 64": {"text": f"{CAUSAL} and ({BUTTERFLY})", "length": 1024},
     "table 64": {"text": TABLE, "captures": [(4, 599)], "length": 300, "dropout_p": 0.1},
+    "ALiBi 64": {"text": "s*0.125 + slope[h]*(kv - q) where kv <= q", "captures": [(4,)], "length": 512},
     "gather 128": {"text": GATHER, "captures": [(4, 300, 32), (599,)], "length": 300, "dim": 128},
 }
 LAST = "s*0.125 where kv <= q + Skv - Sq"

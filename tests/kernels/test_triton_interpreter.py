@@ -195,6 +195,8 @@ def buckets(b, h, sq, skv):
     return [torch.randn(h, 41)[:, distance.clamp(-20, 20) + 20]]
 def of_indices(b, h, sq, skv):
     return [torch.randn(41, h), torch.arange(1 - sq, skv).clamp(-20, 20) + 20]
+def slopes(b, h, sq, skv):
+    return [torch.tensor([0.5, -0.1, 6e4])[:h]]
 def of_row(b, h, sq, skv):
     return [torch.randn(41)[torch.arange(1 - sq, skv).clamp(-20, 20) + 20]]
 for case in [
@@ -208,12 +210,17 @@ for case in [
            dtype=dtype) for dtype in (torch.float16, torch.float32)),
     dict(program="s*0.158 + 2.0*w[i[kv - q + Sq - 1], h] where kv <= q", sizes=(1, 2, 300, 310),
          captures=of_indices, dtype=torch.float16, dropout_p=0.2),
+    # Lines: one slope is too steep to be taken apart.
+    dict(program="s*0.158 + slope[h]*(kv - q) where kv <= q", sizes=(1, 3, 300, 310), captures=slopes,
+         dtype=torch.float16),
+    dict(program="s*0.1 + slope[h]*kv/3 - 2*q where pad[b, kv] else uniform", sizes=(2, 2, 140, 270),
+         captures=lambda *n: [*slopes(*n), *left_pad(*n)], dtype=torch.float16, dropout_p=0.2),
     dict(program="s*0.158 + w[i[kv - q + Sq - 1], h] where pad[b, kv] else uniform", sizes=(2, 1, 140, 300),
          captures=lambda *n: [*of_indices(*n), *right_pad(*n)], dtype=torch.float16),
 ]:
     case = Case(**case, grads=(0,), dims=(16, 16))
     attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
-""", 10),
+""", 12),
     "few queries": ("""
 run_launch, launched = launch.launch, []
 def recorded(what, *tensors):
