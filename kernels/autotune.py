@@ -44,7 +44,10 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "dq": ("DQ",),
     "table": (),
 }
-"""The kernels that are tuned, and the parameters that they write; what ``gptrs`` holds they add to."""
+"""The kernels that are tuned, and the parameters that they write; what ``gptrs`` holds they add to.
+
+That of dq mends ``Stats`` besides, once.
+"""
 
 _TILES = ("BM", "BN", "TILE")
 _MOST = 6
@@ -148,6 +151,8 @@ class Bench:
         what = self.make(config=config)
         given = dict(zip(what.kernel.arg_names, self.tensors, strict=False))
         results = [given[name] for name in WRITTEN[self.kernel]]
+        if self.kernel == "dq":
+            given["Stats"] = given["Stats"].clone()
         if "gptrs" in given:
             given["gptrs"] = tuple(self._copy(t) for t in given["gptrs"])
             results += self.copies.values()

@@ -328,6 +328,8 @@ TABLE = "s*0.125 + table[h, kv - q + Sq - 1] where kv <= q"
 def stubs(monkeypatch):
     """``triton_attention`` on stubs of kernels, which add 1 to the captures' gradients at each launch.
 
+    That of dq adds 1 to the rows' statistics, which are noted as that of dk and dv has them.
+
     What is noted is the kernel's name and tiles, of launches in trials and of others.
     """
     pytest.importorskip("triton")
@@ -345,6 +347,13 @@ def stubs(monkeypatch):
                     given[name].fill_(1)
             for buffer in {id(t): t for t in given.get("gptrs", ())}.values():
                 buffer.add_(1)
+            name = what.kernel.fn.__name__
+            if name == "backward_prepare":
+                given["Stats"].zero_()
+            elif name == "backward_dq":
+                given["Stats"].add_(1)
+            elif name == "backward_dkdv":
+                noted.stats = given["Stats"].clone()
             return types.SimpleNamespace(n_spills=0, what=what, run=run)
 
         return run
@@ -372,16 +381,19 @@ def stubs(monkeypatch):
     return noted
 
 
-def run_site(noted, tune, length=300, text=TABLE, dim=64, kv_heads=4, dropout_p=0.0, wants=True):
+def run_site(
+    noted, tune, length=300, text=TABLE, dim=64, kv_heads=4, dropout_p=0.0, wants=True, captures=None
+):
     program = ScoreProgram.parse(text)
     q, do = (torch.zeros(1, 4, length, dim, dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.zeros(1, kv_heads, length, dim, dtype=torch.bfloat16) for _ in range(2))
-    captures = [torch.zeros(4, 2 * length - 1)] if program.captures else []
+    if captures is None:
+        captures = [torch.zeros(4, 2 * length - 1)] if program.captures else []
     seed = torch.tensor([1]) if dropout_p else None
     site = (captures, (), (), seed, program, dropout_p)
     options = {"tune": True} if tune else {}
     out, lse = noted.module.forward(q, k, v, *site, **options)
-    wanted = tuple(range(len(captures))) if wants else ()
+    wanted = tuple(i for i, c in enumerate(captures) if wants and c.is_floating_point())
     return noted.module.backward(do, q, k, v, out, lse, *site, wanted, **options)
 
 
@@ -392,6 +404,7 @@ def test_a_site_is_tuned_at_its_first_call_and_its_buffers_hold_one_call(stubs):
     }  # fmt: skip
     # dq and the table's kernel added 1 each, whatever the trials added elsewhere.
     assert torch.equal(gradients[3], torch.full_like(gradients[3], 2.0))
+    assert torch.equal(stubs.stats, torch.ones_like(stubs.stats))
     chosen = dict(stubs.others)
     assert len(chosen) == len(stubs.others), "each of the site's kernels ran once"
     assert chosen["attention_forward"] == ((64, 64, None), 4, 2), "not the tables' choice, but the fastest"
@@ -439,6 +452,21 @@ def test_what_a_kernel_is_compiled_for_is_in_the_key(stubs, monkeypatch):
     assert len({usual, *others}) == 1 + len(others)
     unwanted = of(wants=False)
     assert unwanted[:1] == usual[:1] and not set(unwanted[1:]) & set(usual[1:])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "text", "sizes"),
+    [
+        ("backward_dkdv", "s*0.125 + slope[h]*(kv - q) where kv <= q", [(4,)]),
+        ("backward_table", "s*0.125 + w[i[kv - q + Sq - 1], h] where kv <= q", [(32, 4), (1199,)]),
+    ],
+)
+def test_tiles_that_another_kernel_has_worked_with_stay(stubs, kernel, text, sizes):
+    captures = [torch.zeros(size, dtype=torch.int32 if i else torch.float32) for i, size in enumerate(sizes)]
+    run_site(stubs, tune=True, length=600, text=text, captures=captures)
+    tiles = {tiles[0][0] or tiles[0][2] for name, tiles in stubs.trials if name == kernel}
+    others = {tiles[0][0] for name, tiles in stubs.trials if name == "attention_forward"}
+    assert len(tiles) == 1 and len(others) > 1
 
 
 def test_another_process_reads_what_was_found(stubs):
