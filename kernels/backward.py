@@ -670,7 +670,8 @@ def backward_dq(  # type: ignore[no-untyped-def]
             at_q, at_kv = tl.maximum(-distance, 0), tl.maximum(distance, 0)
             gradient = tl.sum(tl.sum(sums[i + 1], 1), 0) + tl.zeros([1, 1], tl.float32)
             if SLOPE is not None:
-                gradient *= SLOPE(gradient, b, h, at_q, at_kv, Sq, Skv, ptrs, nums)
+                of_load = SLOPE(gradient, b, h, at_q, at_kv, Sq, Skv, ptrs, nums)
+                gradient = tl.where(gradient == 0.0, 0.0, gradient * of_load)
             ADD(gradient, gradient, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
     dq = dq * dscale
     dq_base = DQ + b64 * sdqb + h64 * sdqh + first64 * sdqs

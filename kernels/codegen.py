@@ -59,7 +59,7 @@ class Table:
         reach: what the mask says of distances alone, which may leave out a whole diagonal; or ``None``.
         reach_is_mask: the mask says nothing else.
         others: ``accumulate`` for the other loads; ``None`` where there are none.
-        uses_b: the index depends on b.
+        uses_b: the index, or where the ends are, depends on b.
         has_ends: beyond :class:`Ends`, all distances share one element, whose gradient is a plain sum of dS.
     """
 
@@ -77,7 +77,7 @@ class Ends:
     """A score a s + t, of which t depends on q and kv only by a table of distances, or is a line over kv.
 
     Tables of buckets are one number beyond the farthest bucket: tiles that lie there need no loads.  A line
-    is a number for each row and one for each column in all tiles, if its slope is moderate.
+    is a number for each row and one for each column in all tiles, if it stays moderate over the sequence.
 
     Attributes:
         capture: the position of the table, of one axis or two, of which the last is that of distances; of a
@@ -162,13 +162,13 @@ def generate(
     of_distance = [load for load in loads if is_of_distance(load.node)]
     if len(of_distance) == 1:
         functions += _table_functions(program, of_distance[0], loads, names)
-    may_have_ends = dscale is not None and dscale > 0
+    may_have_ends = fold and dscale is not None and dscale > 0
     with_ends = _load_with_ends(score, names) if may_have_ends else None
-    line = _slope_over_keys(score) if may_have_ends and fold and not folded else None
+    line = _slopes(score) if may_have_ends and not folded else None
     if with_ends is not None:
-        functions.append(_ends_function(*with_ends, names))
+        functions.append(_ends_function(*with_ends, score, names))
     elif line is not None:
-        functions.append(_ends_of_line(line, names))
+        functions.append(_ends_of_line(line, score, names))
     module = load_module("\n\n".join(f for f in functions if f))
     ends = None
     if with_ends is not None:
@@ -183,8 +183,9 @@ def generate(
         optional = (getattr(module, name, None) for name in ("table_slope", "reach_mod", "accumulate_others"))
         slope_mod, reach, others = optional
         whole = reach is not None and all(map(_is_of_distances_alone, conditions(mask)))
-        uses_b = "b" in variables(of_distance[0].node)
         has_ends = ends is not None and ends.values is not None and of_distance[0].node == load
+        # Where the ends are may depend on the rest of the score, too.
+        uses_b = "b" in variables(score if has_ends else of_distance[0].node)
         table = Table(slope_mod, module.table_add, reach, whole, others, uses_b, has_ends)
     return Generated(
         score=module.score_mod,
@@ -309,7 +310,8 @@ def _wanted_loads(program: ScoreProgram, grads: Sequence[tuple[int, CaptureType]
 
 
 def _is_of_distances_alone(condition: Expr) -> bool:
-    return is_shifted(condition) and not any(n.op == "load" for n in walk(condition))
+    loads = any(n.op == "load" for n in walk(condition))
+    return is_shifted(condition) and not loads and "b" not in variables(condition)
 
 
 _GRADIENT_PARAMETERS = f"g, s, {_PARAMETERS}, gptrs, gnums"
@@ -376,9 +378,11 @@ def _load_with_ends(score: Expr, names: Names) -> tuple[Expr, Expr] | None:
     if len(loads) != 1 or names.types[loads[0].args[0]].kind != "float":
         return None
     load = loads[0]
-    rest = substitute(score, lambda node: const(0.0) if node == load else None)
     of_pair = [i for i in load.operands if variables(i) & {"q", "kv"}]
-    if len(load.operands) > 2 or variables(rest) & {"q", "kv"} or len(of_pair) != 1:
+    slope = derivative(score, load)
+    if len(load.operands) > 2 or len(of_pair) != 1 or load in walk(slope):
+        return None
+    if (variables(_where_0(score, S, load)) | variables(slope)) & {"s", "q", "kv"}:
         return None
     place = load
     if of_pair[0].op == "load":
@@ -391,20 +395,37 @@ def _load_with_ends(score: Expr, names: Names) -> tuple[Expr, Expr] | None:
     return (load, place) if is_shifted(distance) and follows_keys(distance) else None
 
 
-def _ends_function(load: Expr, place: Expr, names: Names) -> str:
+def _where_0(score: Expr, *terms: Expr) -> Expr:
+    return substitute(score, lambda node: const(0.0) if node in terms else None)
+
+
+def _moderate(values: Sequence[Expr], printer: Printer) -> str:
+    """Whether float32 adds all of them up with others well: not NaN, infinity or what absorbs."""
+    texts = (printer.as_kind(value, "float") for value in values)
+    return " & ".join(f"(tl.abs({text}) < 4096.0)" for text in texts)
+
+
+def _ends_function(load: Expr, place: Expr, score: Expr, names: Names) -> str:
     lead = [i for i in load.operands if not variables(i) & {"q", "kv"}]
     printer = Printer(names, {"q": "0", "kv": "0"})
     row = printer.as_kind(lead[0], "int") if lead else "0"
     at_zero = printer.as_kind(place.operands[-1], "int")
-    low, high = f"tl.load(Ends + ({row}) * 2) - ({at_zero})", f"tl.load(Ends + ({row}) * 2 + 1) - ({at_zero})"
-    return render("ends_of_row", "Ends, b, h, Sq, Skv, ptrs, nums", [*printer.lines, f"return {low}, {high}"])
+    moderate = _moderate((_where_0(score, S, load), derivative(score, load)), printer)
+    lines = [
+        f"moderate = {moderate}",
+        f"low = tl.where(moderate, tl.load(Ends + ({row}) * 2) - ({at_zero}), -(1 << 30))",
+        f"high = tl.where(moderate, tl.load(Ends + ({row}) * 2 + 1) - ({at_zero}), 1 << 30)",
+        "return low, high",
+    ]
+    return render("ends_of_row", "Ends, b, h, Sq, Skv, ptrs, nums", [*printer.lines, *lines])
 
 
-def _slope_over_keys(score: Expr) -> Expr | None:
-    """m where the score is m·kv + n·q + f(s), with m and n alike for all q and kv; ``None`` where m is 0."""
-    slopes = [_slope(score, name) for name in ("kv", "q")]
-    alike = all(m is not None and not variables(m) & {"s", "q", "kv"} for m in slopes)
-    return slopes[0] if alike and slopes[0] != const(0) else None
+def _slopes(score: Expr) -> tuple[Expr, Expr] | None:
+    """m and n where the score is m·kv + n·q + f(s), both alike for all q and kv; ``None`` where m is 0."""
+    m, n = _slope(score, "kv"), _slope(score, "q")
+    if m is None or n is None or m == const(0) or (variables(m) | variables(n)) & {"s", "q", "kv"}:
+        return None
+    return m, n
 
 
 def _slope(e: Expr, name: str) -> Expr | None:
@@ -425,10 +446,12 @@ def _slope(e: Expr, name: str) -> Expr | None:
     return None
 
 
-def _ends_of_line(slope: Expr, names: Names) -> str:
+def _ends_of_line(slopes: tuple[Expr, Expr], score: Expr, names: Names) -> str:
     """All tiles lie in the first end, or none in any."""
     printer = Printer(names)
-    moderate = f"tl.abs({printer.as_kind(slope, 'float')}) < 4096.0"
+    q, kv, q_len, kv_len = (Expr("var", name) for name in ("q", "kv", "Sq", "Skv"))
+    over_all = [mul(m, Expr("max", q_len, kv_len)) for m in slopes]
+    moderate = _moderate((*over_all, _where_0(score, S, q, kv)), printer)
     every = [*printer.lines, f"return tl.where({moderate}, 1 << 30, -(1 << 30)), 1 << 30"]
     return render("ends_of_row", "Ends, b, h, Sq, Skv, ptrs, nums", every)
 

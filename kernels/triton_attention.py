@@ -313,6 +313,8 @@ class _Site:
         if (name == "dkdv" and self._ends[2]) or (name == "table" and self._skips_ends):
             # Another kernel has worked with these tiles.
             choices = [c for c in choices if c.bm == static.bm]
+        elif name == "dq" and self._skips_ends:
+            choices = [c for c in choices if c.bn <= self.config("table").bm]
         bench = autotune.Bench(name, make, tensors)
         alike = {
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -338,6 +340,9 @@ class _Site:
     def _ends(self) -> tuple[Any, float | None, bool]:
         """``Ends.of_row``, the slope of the score and ``Ends.is_line``, where tiles may lie in ends."""
         if self.code.ends is None or self.kv_len < SHORTEST_WITH_ENDS:
+            return None, None, False
+        if self.code.ends.is_line and self.itemsize != 2:
+            # At the far end of a sequence the row's part has roundings that float32 is too exact for.
             return None, None, False
         return self.code.ends.of_row, self.code.dscale, self.code.ends.is_line
 
@@ -568,13 +573,9 @@ class _Site:
 
     @property
     def _skips_ends(self) -> bool:
-        """Whether the kernel of dq has the gradient of the ends of a table of indices, and leaves the rest.
-
-        In full float32 sums over so many tiles need more care than it takes there.
-        """
+        """Whether the kernel of dq has the gradient of the ends of a table of indices."""
         table = self.code.table
-        ends = self._ends[0] is not None and self.precision != "ieee"
-        return ends and table is not None and table.has_ends and self.sums_diagonals
+        return self._ends[0] is not None and table is not None and table.has_ends and self.sums_diagonals
 
     @property
     def sums_diagonals(self) -> bool:

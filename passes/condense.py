@@ -123,7 +123,7 @@ def _looked_up(tree: Tree, lift: Lift) -> Element | None:
         return None
     place = computed[0]
     try:
-        element = _element_of_table(place, place.node, tuple(dict.fromkeys(_positions(place))), lift)
+        element = _element_of_table(place, place.node, tuple(dict.fromkeys(_positions(place, set()))), lift)
     except NotCondensable:
         return None
     table = element.capture
@@ -133,8 +133,11 @@ def _looked_up(tree: Tree, lift: Lift) -> Element | None:
     return Element(tree.node, tuple(element if i is place else i for i in tree.at), tree.node)
 
 
-def _positions(x: Any) -> Iterator[Expr]:
-    """Everything that says which element of a tree is meant."""
+def _positions(x: Any, seen: set[int]) -> Iterator[Expr]:
+    """Everything that says which element of a tree is meant, which has parts in common."""
+    if id(x) in seen:
+        return
+    seen.add(id(x))
     if isinstance(x, Form):
         yield x.value
     elif isinstance(x, Expr):
@@ -143,7 +146,7 @@ def _positions(x: Any) -> Iterator[Expr]:
         parts = x.at if isinstance(x, Stored) else (x.args, x.kwargs) if isinstance(x, Step) else x
         for part in parts.values() if isinstance(parts, dict) else parts:
             if isinstance(part, (Form, Stored, Step, Expr, tuple, list, dict)):
-                yield from _positions(part)
+                yield from _positions(part, seen)
 
 
 # --- reading ------------------------------------------------------------------------------------

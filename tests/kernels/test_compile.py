@@ -20,6 +20,7 @@ CAUSAL = "s*0.125 where kv <= q"
 FURTHER = "max(abs(q//128 - kv//128), 1)"
 BUTTERFLY = f"q//128 == kv//128 or 1048576 % {FURTHER} == 0 and min(q//128, kv//128)//{FURTHER} % 2 == 0"
 TABLE = "s*0.125 + table[h, kv - q + Sq - 1] where kv <= q"
+BUCKETS = "s*0.125 + weight[bucket[kv - q + Sq - 1], h] where kv <= q"
 GATHER = "s*0.125 + near[h, q, bucket[kv - q + Sq - 1]] where kv <= q"
 SITES = {
     "dense 64": {"text": "s*0.125"},
@@ -36,6 +37,7 @@ SITES = {
     "butterfly 64": {"text": f"{CAUSAL} and ({BUTTERFLY})", "length": 1024},
     "table 64": {"text": TABLE, "captures": [(4, 599)], "length": 300, "dropout_p": 0.1},
     "ALiBi 64": {"text": "s*0.125 + slope[h]*(kv - q) where kv <= q", "captures": [(4,)], "length": 512},
+    "buckets 64": {"text": BUCKETS, "captures": [(32, 4), (1023,)], "length": 512},
     "gather 128": {"text": GATHER, "captures": [(4, 300, 32), (599,)], "length": 300, "dim": 128},
 }
 LAST = "s*0.125 where kv <= q + Skv - Sq"

@@ -200,10 +200,19 @@ def slopes(b, h, sq, skv):
 def of_row(b, h, sq, skv):
     return [torch.randn(41)[torch.arange(1 - sq, skv).clamp(-20, 20) + 20]]
 for case in [
-    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q", sizes=(1, 1, 300, 300), captures=buckets),
-    dict(program="s*0.158 + t[h, kv - q + Sq - 1]", sizes=(1, 2, 90, 270), captures=buckets, kv_heads=2),
-    dict(program="s*0.1 + 2.0*t[kv - q + Sq - 1] where pad[b, kv] else uniform",
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q", sizes=(1, 1, 300, 300), captures=buckets,
+         dtype=torch.float16),
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1]", sizes=(1, 2, 90, 270), captures=buckets, kv_heads=2,
+         dtype=torch.float16),
+    dict(program="s*0.1 + 2.0*t[kv - q + Sq - 1] where pad[b, kv] else uniform", dtype=torch.float16,
          sizes=(1, 1, 140, 270), captures=lambda *n: [*of_row(*n), *left_pad(*n)], dropout_p=0.2),
+    # What else is added may absorb the scores, or forbid a sequence.
+    *(dict(program=f"s*0.5 + {t} + m[b] else zero", sizes=(3, 1, 40, kv_len), dtype=torch.float16,
+           captures=lambda *n, of_head=of_head: [*of_head(*n), torch.tensor([0.0, -torch.inf, -65504.0])])
+      for t, of_head, kv_len in (
+          ("t[h, kv - q + Sq - 1]", buckets, 270), ("slope[h]*(kv - q)", slopes, 140))),
+    dict(program="s*0.158 + slope[h]*kv", sizes=(1, 1, 40, 300), captures=lambda *n: [torch.tensor([50.0])],
+         dtype=torch.float16),
     dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv >= q - 3 sink x[h]", sizes=(1, 1, 140, 290),
          captures=lambda *n: [*buckets(*n), *sinks(*n)], dtype=torch.float16),
     *(dict(program="s*0.158 + w[i[kv - q + Sq - 1], h]", sizes=(2, 1, 290, 290), captures=of_indices,
@@ -220,7 +229,7 @@ for case in [
 ]:
     case = Case(**case, grads=(0,), dims=(16, 16))
     attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
-""", 12),
+""", 15),
     "few queries": ("""
 run_launch, launched = launch.launch, []
 def recorded(what, *tensors):
