@@ -46,7 +46,7 @@ WRITTEN: dict[str, tuple[str, ...]] = {
 }
 """The kernels that are tuned, and the parameters that they write; what ``gptrs`` holds they add to.
 
-That of dq mends ``Stats`` besides, once.
+That of dq mends ``Stats`` besides, of which each trial has a copy.
 """
 
 _TILES = ("BM", "BN", "TILE")

@@ -342,7 +342,7 @@ class _Site:
         if self.code.ends is None or self.kv_len < SHORTEST_WITH_ENDS:
             return None, None, False
         if self.code.ends.is_line and self.itemsize != 2:
-            # At the far end of a sequence the row's part has roundings that float32 is too exact for.
+            # Far from the first key the row's part has roundings that show beside 32-bit numbers.
             return None, None, False
         return self.code.ends.of_row, self.code.dscale, self.code.ends.is_line
 
