@@ -41,6 +41,8 @@ log = logging.getLogger("flashfuse")
 WRITTEN: dict[str, tuple[str, ...]] = {
     "forward": ("Out", "Lse"),
     "dkdv": ("DK", "DV_"),
+    "dk": ("DK",),
+    "dv": ("DV_",),
     "dq": ("DQ",),
     "table": (),
 }
@@ -82,11 +84,13 @@ def needs(kernel: str, config: Config, sizes: Sizes) -> tuple[int, int]:
     From the elements that a program holds, streams and sums up.  For 16-bit numbers on sm_90 the first is
     what the compiler takes, to a few KiB; dropout and loads per element take more.
     """
-    bm, bn, warps, stages = config
+    bm, bn, warps, stages, _ = config
     both = sizes.dim + sizes.v_dim
     held, streamed, sums, scores = {
         "forward": (bm * sizes.dim, bn * both, bm * sizes.v_dim, 1),
         "dkdv": (bn * both, bm * both, bn * both, 2),
+        "dk": (bn * both, bm * both, bn * sizes.dim, 2),
+        "dv": (bn * sizes.dim, bm * both, bn * sizes.v_dim, 1),
         "dq": (bm * both, bn * both, bm * sizes.dim, 2),
         "table": (0, 2 * bm * both, 0, 3),
     }[kernel]
@@ -96,7 +100,7 @@ def needs(kernel: str, config: Config, sizes: Sizes) -> tuple[int, int]:
 
 def fits(kernel: str, config: Config, sizes: Sizes) -> bool:
     """Whether ``config`` is one of the kernel's at all, and worth compiling."""
-    bm, bn, warps, _ = config
+    bm, bn, warps, _, _ = config
     shared, registers = needs(kernel, config, sizes)
     return (
         128 % bm == 0
@@ -235,7 +239,7 @@ def _fastest(what: str, choices: Sequence[Config], attempt: Callable[[Config], T
         fastest = static
     log.info(
         "tuned %s: %s %.4g ms, the tables' %s %.4g ms; %d of %d candidates timed, %.1f s",
-        *(what, tuple(fastest), times[fastest], tuple(static), times[static]),
+        *(what, tuple(fastest[:4]), times[fastest], tuple(static[:4]), times[static]),
         *(len(trials), len(choices), time.perf_counter() - started),
     )
     return fastest

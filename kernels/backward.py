@@ -7,7 +7,8 @@ With P the softmax weights, R the dropout keep-mask over 1 − p (1 without drop
     dv = (P ∘ R)ᵀ do      dk = dXᵀ q      dq = dX k      d capture += Σ dS · d score / d load
 
     q dq [B, H, Sq, D]   k dk [B, H_kv, Skv, D]   v dv [B, H_kv, Skv, DV]   do out [B, H, Sq, DV]
-    Stats [B, H, Sq, 2] float32: lse and delta; unless FOLDED [B, H, Sq, 4]: lse, delta, norm, and for LINE
+    Stats [B, H, Sq, 2] float32: lse and delta; unless FOLDED [B, H, Sq, 4]: lse, delta, norm, and log2(e) lse
+    + norm, less what a LINE gains from the first query of its tile on
 
 One kernel walks the queries of a tile of keys (dk, dv; it sums over the heads of a group), one the
 keys of a tile of queries (dq, captures).  P is recomputed as 2^(x − lse).  A dead row has lse = +∞
@@ -39,8 +40,10 @@ from flashfuse.kernels.forward import (
     count_ends,
     count_ends_of_range,
     load_rows,
+    load_tile,
+    plane_of,
     tile_of_ends,
-    tile_start,
+    tile_of_rest,
 )
 
 HUGE_LSE: tl.constexpr = tl.constexpr(4096.0)
@@ -107,8 +110,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
     the ``ln l`` of lse = m + ln l, and the sum is l.  Unless EXACT, only such rows are summed.  A FOLDED
     program has no norm.
 
-    Where the score is a line over q and kv, LINE is the tile of queries in the kernel of dk and dv: the last
-    of ``Stats`` is lse less what the score gains from the first query of its tile on.
+    Where the score is a line over q and kv, LINE is the tile of queries in the kernel of dk and dv.
     """
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
@@ -171,11 +173,11 @@ def backward_rows(  # type: ignore[no-untyped-def]
             tl.store(Stats + at * WIDTH + 1, weighted / total, mask=live)
     if not FOLDED:
         tl.store(Stats + at * WIDTH + 2, norm, mask=inside)
-    if LINE is not None:
-        zeros = tl.zeros_like(local)
-        gain = SCORE(0.0, b, h, (first + local) % LINE, zeros, Sq, Skv, ptrs, nums)
-        gain -= SCORE(0.0, b, h, zeros, zeros, Sq, Skv, ptrs, nums)
-        tl.store(Stats + at * WIDTH + 3, lse - gain, mask=inside)
+        if LINE is not None:
+            zeros = tl.zeros_like(local)
+            lse -= SCORE(0.0, b, h, (first + local) % LINE, zeros, Sq, Skv, ptrs, nums)
+            lse += SCORE(0.0, b, h, zeros, zeros, Sq, Skv, ptrs, nums)
+        tl.store(Stats + at * WIDTH + 3, lse * LOG2E + norm, mask=inside)
 
 
 # --- dk, dv -----------------------------------------------------------------------------------
@@ -202,9 +204,9 @@ def load_stats(Stats, rows, inside, CHECK: tl.constexpr, FOLDED: tl.constexpr): 
 
 @triton.jit
 def _load_stats_of_columns(  # type: ignore[no-untyped-def]
-    Stats, rows, inside, ROWS: tl.constexpr, CHECK: tl.constexpr, FOLDED: tl.constexpr, LINE: tl.constexpr
+    Stats, rows, inside, ROWS: tl.constexpr, CHECK: tl.constexpr, FOLDED: tl.constexpr, LAST: tl.constexpr
 ):
-    """The same, for a tile of scores with the rows as its columns; of a LINE lse as ``Stats`` has it last.
+    """The same, for a tile of scores with the rows as its columns; if LAST, the last of ``Stats`` for lse.
 
     There a thread needs many rows.  Vectors of fewer than 128 numbers it would read for itself; one tile of
     so many the threads read together.  Half as many numbers are read twice for that.
@@ -212,7 +214,7 @@ def _load_stats_of_columns(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr = 2 if FOLDED else 4
     if ROWS < 32:
         lse, delta, norm = load_stats(Stats, rows, inside, CHECK, FOLDED)
-        if LINE:
+        if LAST:
             lse = tl.load(Stats + rows * WIDTH + 3, mask=inside, other=float("inf"))
     else:
         COLUMNS: tl.constexpr = 4 if ROWS < 64 else WIDTH
@@ -226,7 +228,7 @@ def _load_stats_of_columns(  # type: ignore[no-untyped-def]
             even, odd = tl.split(tl.reshape(stats, [ROWS, 2, 2]))
             lse, norm = tl.split(even)
             delta, last = tl.split(odd)
-            if LINE:
+            if LAST:
                 lse = last
         else:
             lse, delta = tl.split(stats)
@@ -238,53 +240,59 @@ def _load_stats_of_columns(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dkdv_tile(  # type: ignore[no-untyped-def]
-    dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, kv_first, b, h, Sq,
-    Skv,
-    ptrs, nums, seed, bh, threshold, drop_scale,
+    dk, dv, dk_low, dv_low, k, v, q_plane, do_plane, stats_base, sqs, sgs, start, partial, kv, kv_first,
+    b, h, Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr, FLAT: tl.constexpr = None, LINE: tl.constexpr = False,
+    UNIFORM: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
+    FLAT: tl.constexpr = None, LINE: tl.constexpr = False,
 ):  # fmt: skip
-    """One tile of BM queries into dk [BN, D_PAD] and dv [BN, DV_PAD]; scores lie as [kv, q]."""
+    """One tile of BM queries into dk [BN, D_PAD], if OF_K, and dv [BN, DV_PAD], if OF_V. Scores: [kv, q]."""
     start = tl.cast(start, tl.int32)
     local = tl.arange(0, BM)
-    offset = start.to(tl.int64) * 8
-    q = load_rows(q_base + offset * sqs, local, sqs, Sq - start, D, D_PAD, CHECK)  # [BM, D_PAD]
+    q = load_tile(q_plane, start, local, sqs, Sq, D, D_PAD, CHECK)  # [BM, D_PAD]
     rows = start + local
-    lse, delta, norm = _load_stats_of_columns(stats_base, rows, rows < Sq, BM, CHECK, FOLDED, LINE)
+    IS_FLAT: tl.constexpr = FLAT is not None
+    lse, delta, norm = _load_stats_of_columns(stats_base, rows, rows < Sq, BM, CHECK, FOLDED, IS_FLAT)
     if CHECK:
         rows = tl.minimum(rows, Sq - 1)
     s = dot_rows(k, q, PRECISION)  # [BN, BM]
+    do = load_tile(do_plane, start, local, sgs, Sq, DV, DV_PAD, CHECK)  # [BM, DV_PAD]
+    if OF_K:
+        dp = dot_rows(v, do, PRECISION)  # [BN, BM]
     if FLAT is not None:
         t = SCORE(0.0, b, h, tl.minimum(start, Sq - 1), kv_first, Sq, Skv, ptrs, nums)
         x = s * (FLAT * LOG2E)
         if LINE:
             x += (along_keys(tl.arange(0, BN), b, h, Sq, Skv, ptrs, nums, SCORE) * LOG2E)[:, None]
-        p = tl.exp2(x + ((t - lse) * LOG2E - norm)[None, :])
+        p = tl.exp2(x + (t * LOG2E - lse)[None, :])
     else:
         if SCALE is not None:
             x = s * SCALE
         else:
             x = SCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
         p = _weights(x, lse[None, :], norm[None, :], Skv, FOLDED, UNIFORM, PRECISION)
-    if MASK is not None:
-        allowed = MASK(b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
-        p = tl.where(allowed, p, 0.0)
-    do = load_rows(do_base + offset * sgs, local, sgs, Sq - start, DV, DV_PAD, CHECK)  # [BM, DV_PAD]
-    dp = dot_rows(v, do, PRECISION)  # [BN, BM]
+    if MASK is not None:  # noqa: SIM102 (known when compiled; the inner one is not)
+        if partial:
+            allowed = MASK(b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
+            p = tl.where(allowed, p, 0.0)
     if DROPOUT:
         keep = tl.trans(keep_draw(seed, bh, start, kv_first, BM, BN)) >= threshold
-        dv, dv_low = dot_sum(as_written(tl.where(keep, p, 0.0)).to(do.dtype), do, dv, dv_low, PRECISION)
-        dp = tl.where(keep, dp, 0.0) * drop_scale
-    else:
+        if OF_V:
+            dv, dv_low = dot_sum(as_written(tl.where(keep, p, 0.0)).to(do.dtype), do, dv, dv_low, PRECISION)
+        if OF_K:
+            dp = tl.where(keep, dp, 0.0) * drop_scale
+    elif OF_V:
         dv, dv_low = dot_sum(p.to(do.dtype), do, dv, dv_low, PRECISION)
-    ds = p * (dp - delta[None, :])
-    if DSCORE is not None:
-        ds = ds * DSCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
-        if MASK is not None:
-            ds = tl.where(allowed, ds, 0.0)
-    dk, dk_low = dot_sum(ds.to(q.dtype), q, dk, dk_low, PRECISION)
+    if OF_K:
+        ds = p * (dp - delta[None, :])
+        if DSCORE is not None:
+            ds = ds * DSCORE(s, b, h, rows[None, :], kv[:, None], Sq, Skv, ptrs, nums)
+            if CHECK:
+                # Past the end a derivative may be infinite.
+                ds = tl.where((start + local < Sq)[None, :], ds, 0.0)
+        dk, dk_low = dot_sum(ds.to(q.dtype), q, dk, dk_low, PRECISION)
     return dk, dv, dk_low, dv_low
 
 
@@ -306,11 +314,13 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
     UNIFORM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program per (b, kv head, tile of BN keys); ``Map`` is the q_map.
+    """One program per (b, kv head, tile of BN keys); ``Map`` is the q_map.  DK or DV_ may be None.
 
     ExtraK and ExtraV, float32 and shaped like dk and dv, are added to them.
     """
     WIDTH: tl.constexpr = 2 if FOLDED else 4
+    OF_K: tl.constexpr = DK is not None
+    OF_V: tl.constexpr = DV_ is not None
     tiles = (Skv + BN - 1) // BN
     plane = tl.program_id(0) // tiles
     # First keys first: under a causal mask they are seen by the most queries.
@@ -334,97 +344,82 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
     for g in range(0, GROUP):
         h = kvh * GROUP + g
         bh = b * H + h
-        h64 = h.to(tl.int64) * 8
-        q_base = Q + b64 * sqb + h64 * sqh
-        do_base = DOut + b64 * sgb + h64 * sgh
+        q_plane = plane_of(Q, b, h, sqb, sqh)
+        do_plane = plane_of(DOut, b, h, sgb, sgh)
         stats_base = Stats + bh.to(tl.int64) * Sq * WIDTH
         most, least = 0, 0
         if ENDS is not None:
             low, high = ENDS(Ends, b, h, Sq, Skv, ptrs, nums)
             # The last and the first query of a tile that lies all within the one end and the other.
             most, least = first - high, first + BN - 1 - low
+        before, after = 0, 0
         if MASK is not None:
             Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
-            partial = tl.load(Row)
-            num_tiles = partial * (BLOCK // BM)
-            start = tile_start(Row + 2, 0, num_tiles, BM, BLOCK)
-            for i in range(0, num_tiles):
-                dk, dv, dk_low, dv_low = _dkdv_tile(
-                    dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv,
-                    first, b, h,
-                    Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, DSCORE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
-                )  # fmt: skip
-                start = tile_start(Row + 2, i + 1, num_tiles, BM, BLOCK)
-            full = tl.load(Row + 1)
-            Full = Row + 2 + partial
-            before, after = 0, 0
+            partial, full, start = tl.load(Row), tl.load(Row + 1), tl.load(Row + 2) * BLOCK
             if ENDS is not None:
+                Full = Row + 2 + partial
                 before, after = count_ends(Full, full, (most + 1) // BLOCK - 1, (least + BLOCK - 1) // BLOCK)
                 num_tiles = (before + after) * (BLOCK // BM)
                 start = tile_of_ends(Full, 0, full, before, after, BM, BLOCK)
                 for i in range(0, num_tiles):
                     dk, dv, dk_low, dv_low = _dkdv_tile(
-                        dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first,
-                        b, h,
-                        Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
-                        FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, FLAT,
-                        LINE,
+                        dk, dv, dk_low, dv_low, k, v, q_plane, do_plane, stats_base, sqs, sgs, start, False,
+                        kv, first, b, h, Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale,
+                        SCORE, None, DSCORE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN,
+                        PRECISION, UNIFORM, OF_K, OF_V, FLAT, LINE,
                     )  # fmt: skip
                     start = tile_of_ends(Full, i + 1, full, before, after, BM, BLOCK)
-            num_tiles = (full - before - after) * (BLOCK // BM)
-            Full += before
-            start = tile_start(Full, 0, num_tiles, BM, BLOCK)
+                start = tile_of_rest(Row, 0, partial, full, before, after, BM, BLOCK)
+            num_tiles = (partial + full - before - after) * (BLOCK // BM)
             for i in range(0, num_tiles):
                 dk, dv, dk_low, dv_low = _dkdv_tile(
-                    dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first,
-                    b, h,
-                    Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
+                    dk, dv, dk_low, dv_low, k, v, q_plane, do_plane, stats_base, sqs, sgs, start,
+                    i < partial * (BLOCK // BM), kv, first, b, h, Sq, Skv, ptrs, nums, seed, bh, threshold,
+                    drop_scale, SCORE, MASK, DSCORE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
+                    not EVEN, PRECISION, UNIFORM, OF_K, OF_V,
                 )  # fmt: skip
-                start = tile_start(Full, i + 1, num_tiles, BM, BLOCK)
+                start = tile_of_rest(Row, i + 1, partial, full, before, after, BM, BLOCK)
         elif UNIFORM:
             for start in range(0, Sq, BM):
                 rows = start + tl.arange(0, BM)
                 dead = tl.load(stats_base + rows * WIDTH, mask=rows < Sq, other=0.0) == float("inf")
                 if tl.max(dead.to(tl.int32), 0) > 0:
                     dk, dv, dk_low, dv_low = _dkdv_tile(
-                        dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first,
-                        b, h,
-                        Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
-                        FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
+                        dk, dv, dk_low, dv_low, k, v, q_plane, do_plane, stats_base, sqs, sgs, start, False,
+                        kv, first, b, h, Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale,
+                        SCORE, None, DSCORE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN,
+                        PRECISION, UNIFORM, OF_K, OF_V,
                     )  # fmt: skip
         else:
-            before, after = 0, 0
             whole = tl.cdiv(Sq, BM)
             if ENDS is not None:
                 before, after = count_ends_of_range(whole, (most + 1) // BM - 1, (least + BM - 1) // BM)
                 for i in range(0, before + after):
                     start = tl.where(i < before, i, i + whole - before - after) * BM
                     dk, dv, dk_low, dv_low = _dkdv_tile(
-                        dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first,
-                        b, h,
-                        Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE,
-                        FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, FLAT,
-                        LINE,
+                        dk, dv, dk_low, dv_low, k, v, q_plane, do_plane, stats_base, sqs, sgs, start, False,
+                        kv, first, b, h, Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale,
+                        SCORE, None, DSCORE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN,
+                        PRECISION, UNIFORM, OF_K, OF_V, FLAT, LINE,
                     )  # fmt: skip
             for start in range(before * BM, (whole - after) * BM, BM):
                 dk, dv, dk_low, dv_low = _dkdv_tile(
-                    dk, dv, dk_low, dv_low, k, v, q_base, do_base, stats_base, sqs, sgs, start, kv, first,
-                    b, h,
-                    Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale, SCORE, None, DSCORE, SCALE, FOLDED,
-                    D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM,
+                    dk, dv, dk_low, dv_low, k, v, q_plane, do_plane, stats_base, sqs, sgs, start, False,
+                    kv, first, b, h, Sq, Skv, ptrs, nums, seed, bh, threshold, drop_scale,
+                    SCORE, None, DSCORE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN,
+                    PRECISION, UNIFORM, OF_K, OF_V,
                 )  # fmt: skip
-    dk = dk * dscale
-    if DROPOUT:
-        dv = dv * drop_scale
     inside = local < Skv - first
-    dv_base = DV_ + b64 * sdvb + kvh64 * sdvh + first64 * sdvs
-    extra_base = ExtraV
-    if ExtraV is not None:
-        extra_base = ExtraV + b64 * sxvb + kvh64 * sxvh + first64 * sxvs
-    _store_rows(dv_base, sdvs, dv, extra_base, sxvs, local, inside, DV, DV_PAD)
+    if DV_ is not None:
+        if DROPOUT:
+            dv = dv * drop_scale
+        dv_base = DV_ + b64 * sdvb + kvh64 * sdvh + first64 * sdvs
+        extra_base = ExtraV
+        if ExtraV is not None:
+            extra_base = ExtraV + b64 * sxvb + kvh64 * sxvh + first64 * sxvs
+        _store_rows(dv_base, sdvs, dv, extra_base, sxvs, local, inside, DV, DV_PAD)
     if DK is not None:
+        dk = dk * dscale
         dk_base = DK + b64 * sdkb + kvh64 * sdkh + first64 * sdks
         extra_base = ExtraK
         if ExtraK is not None:
@@ -449,23 +444,24 @@ def _store_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def ds_tile(  # type: ignore[no-untyped-def]
-    q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
+    q, do, lse, delta, norm, k_plane, v_plane, sks, svs, start, partial, q_first, rows, b, h, Sq, Skv,
     ptrs, nums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
     UNIFORM: tl.constexpr, FLAT: tl.constexpr = None, LINE: tl.constexpr = False,
 ):  # fmt: skip
-    """(dS, s, k, positions of keys, which are allowed) of one tile of BN keys, dS and s [BM, BN]."""
-    offset = start.to(tl.int64) * 8
+    """(dS, s, k, positions of keys) of one tile of BN keys, dS and s [BM, BN]; masked where ``partial``."""
     columns = tl.arange(0, BN)
-    k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, CHECK)  # [BN, D_PAD]
-    v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
+    k = load_tile(k_plane, start, columns, sks, Skv, D, D_PAD, CHECK)  # [BN, D_PAD]
+    v = load_tile(v_plane, start, columns, svs, Skv, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
     kv = start + columns
-    allowed = (kv < Skv)[None, :]
+    inside = (kv < Skv)[None, :]
     if CHECK:
         kv = tl.minimum(kv, Skv - 1)
     s = dot_rows(q, k, PRECISION)  # [BM, BN]
+    # In front of the exponentials, beside which it runs.
+    dp = dot_rows(do, v, PRECISION)  # [BM, BN]
     if FLAT is not None:
         t = SCORE(0.0, b, h, rows if LINE else q_first, start, Sq, Skv, ptrs, nums)
         x = s * (FLAT * LOG2E)
@@ -478,24 +474,23 @@ def ds_tile(  # type: ignore[no-untyped-def]
         else:
             x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
         p = _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, UNIFORM, PRECISION)
-    if MASK is not None:
-        of_mask = MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-        if CHECK:
-            allowed = of_mask & allowed
-        else:
-            allowed = of_mask
-        p = tl.where(allowed, p, 0.0)
-    elif CHECK:
-        p = tl.where(allowed, p, 0.0)
-    dp = dot_rows(do, v, PRECISION)  # [BM, BN]
     if DROPOUT:
         dp = tl.where(keep_draw(seed, bh, q_first, start, BM, BN) >= threshold, dp, 0.0) * drop_scale
-    return p * (dp - delta[:, None]), s, k, kv, allowed
+    ds = p * (dp - delta[:, None])
+    if MASK is not None:
+        if partial:
+            allowed = MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+            if CHECK:
+                allowed = allowed & inside
+            ds = tl.where(allowed, ds, 0.0)
+    elif CHECK:
+        ds = tl.where(inside, ds, 0.0)
+    return ds, s, k, kv
 
 
 @triton.jit
 def _dq_tile(  # type: ignore[no-untyped-def]
-    dq, low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows,
+    dq, low, sums, ends, q, do, lse, delta, norm, k_plane, v_plane, sks, svs, start, partial, q_first, rows,
     b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
@@ -510,8 +505,8 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     in the one and in the other of ``ends``.
     """
     start = tl.cast(start, tl.int32)
-    ds, s, k, kv, allowed = ds_tile(
-        q, do, lse, delta, norm, k_base, v_base, sks, svs, start, q_first, rows, b, h, Sq, Skv,
+    ds, s, k, kv = ds_tile(
+        q, do, lse, delta, norm, k_plane, v_plane, sks, svs, start, partial, q_first, rows, b, h, Sq, Skv,
         ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
         D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, CHECK, PRECISION, UNIFORM, FLAT, LINE,
     )  # fmt: skip
@@ -530,8 +525,9 @@ def _dq_tile(  # type: ignore[no-untyped-def]
         ACCUMULATE(ds, s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums, gptrs, gnums)
     if DSCORE is not None:
         ds = ds * DSCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-        if MASK is not None:
-            ds = tl.where(allowed, ds, 0.0)
+        if CHECK:
+            # Past the end a derivative may be infinite.
+            ds = tl.where((start + tl.arange(0, BN) < Skv)[None, :], ds, 0.0)
     dq, low = dot_sum(ds.to(k.dtype), k, dq, low, PRECISION)
     return dq, low, (every, before, after)
 
@@ -568,13 +564,17 @@ def backward_dq(  # type: ignore[no-untyped-def]
     h = bh % H
     kvh = h // GROUP
     first = tile * BM
-    b64, h64, kvh64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8, kvh.to(tl.int64) * 8
+    b64, h64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8
     first64 = first.to(tl.int64) * 8
+    partial, full, start = 0, 0, 0
+    if MASK is not None:
+        Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
+        partial, full, start = tl.load(Row), tl.load(Row + 1), tl.load(Row + 2) * BLOCK
     local = tl.arange(0, BM)
     q = load_rows(Q + b64 * sqb + h64 * sqh + first64 * sqs, local, sqs, Sq - first, D, D_PAD, not EVEN)
     do = load_rows(DOut + b64 * sgb + h64 * sgh + first64 * sgs, local, sgs, Sq - first, DV, DV_PAD, not EVEN)
-    k_base = K + b64 * skb + kvh64 * skh
-    v_base = V + b64 * svb + kvh64 * svh
+    k_plane = plane_of(K, b, kvh, skb, skh)
+    v_plane = plane_of(V, b, kvh, svb, svh)
     in_range = local < Sq - first
     at = bh.to(tl.int64) * Sq + first + local
     lse, delta, norm = load_stats(Stats, at, in_range, True, FOLDED)
@@ -594,70 +594,55 @@ def backward_dq(  # type: ignore[no-untyped-def]
     if ENDS is not None:
         ends = ENDS(Ends, b, h, Sq, Skv, ptrs, nums)
         most, least = ends[0] + first, ends[1] + first + BM - 1
+    before, after = 0, 0
     if MASK is not None:
-        Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
-        partial = tl.load(Row)
-        num_tiles = partial * (BLOCK // BN)
-        start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
-        for i in range(0, num_tiles):
-            dq, dq_low, sums = _dq_tile(
-                dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
-                rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
-                SCORE, MASK, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
-                not EVEN, PRECISION, UNIFORM, REFINES, TILE,
-            )  # fmt: skip
-            start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
-        full = tl.load(Row + 1)
-        Full = Row + 2 + partial
-        before, after = 0, 0
         if ENDS is not None:
+            Full = Row + 2 + partial
             before, after = count_ends(Full, full, (most + 1) // BLOCK - 1, (least + BLOCK - 1) // BLOCK)
             num_tiles = (before + after) * (BLOCK // BN)
             start = tile_of_ends(Full, 0, full, before, after, BN, BLOCK)
             for i in range(0, num_tiles):
                 dq, dq_low, sums = _dq_tile(
-                    dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
-                    rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                    dq, dq_low, sums, ends, q, do, lse, delta, norm, k_plane, v_plane, sks, svs, start, False,
+                    first, rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                     SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
                     False, PRECISION, UNIFORM, REFINES, TILE, FLAT, LINE,
                 )  # fmt: skip
                 start = tile_of_ends(Full, i + 1, full, before, after, BN, BLOCK)
-        num_tiles = (full - before - after) * (BLOCK // BN)
-        Full += before
-        start = tile_start(Full, 0, num_tiles, BN, BLOCK)
+            start = tile_of_rest(Row, 0, partial, full, before, after, BN, BLOCK)
+        num_tiles = (partial + full - before - after) * (BLOCK // BN)
         for i in range(0, num_tiles):
             dq, dq_low, sums = _dq_tile(
-                dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
-                rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
-                SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
-                False, PRECISION, UNIFORM, REFINES, TILE,
+                dq, dq_low, sums, ends, q, do, lse, delta, norm, k_plane, v_plane, sks, svs, start,
+                i < partial * (BLOCK // BN), first, rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh,
+                threshold, drop_scale, SCORE, MASK, DSCORE, ACCUMULATE, SCALE, FOLDED,
+                D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION, UNIFORM, REFINES, TILE,
             )  # fmt: skip
-            start = tile_start(Full, i + 1, num_tiles, BN, BLOCK)
+            start = tile_of_rest(Row, i + 1, partial, full, before, after, BN, BLOCK)
     else:
         whole = keys // BN * BN
-        before, after = 0, 0
         if ENDS is not None:
             before, after = count_ends_of_range(keys // BN, (most + 1) // BN - 1, (least + BN - 1) // BN)
             for i in range(0, before + after):
                 start = tl.where(i < before, i, i + keys // BN - before - after) * BN
                 dq, dq_low, sums = _dq_tile(
-                    dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
-                    rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                    dq, dq_low, sums, ends, q, do, lse, delta, norm, k_plane, v_plane, sks, svs, start, False,
+                    first, rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                     SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
                     False, PRECISION, UNIFORM, REFINES, TILE, FLAT, LINE,
                 )  # fmt: skip
         for start in range(before * BN, whole - after * BN, BN):
             dq, dq_low, sums = _dq_tile(
-                dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first,
-                rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                dq, dq_low, sums, ends, q, do, lse, delta, norm, k_plane, v_plane, sks, svs, start, False,
+                first, rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                 SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
                 False, PRECISION, UNIFORM, REFINES, TILE,
             )  # fmt: skip
         if not EVEN:  # noqa: SIM102 (known when compiled; the inner one is not)
             if whole < keys:
                 dq, dq_low, sums = _dq_tile(
-                    dq, dq_low, sums, ends, q, do, lse, delta, norm, k_base, v_base, sks, svs, whole, first,
-                    rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
+                    dq, dq_low, sums, ends, q, do, lse, delta, norm, k_plane, v_plane, sks, svs, whole, False,
+                    first, rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
                     SCORE, None, DSCORE, ACCUMULATE, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT,
                     True, PRECISION, UNIFORM, REFINES, TILE,
                 )  # fmt: skip

@@ -113,8 +113,9 @@ class Generated:
         ends: how to find tiles in which the score's table is one number, if it has such a table.
         sums_rows: a wanted gradient is summed over the keys of a row, where the errors of dS add up.
         loads: ``tiles`` where the score loads something at an index of both q and kv, ``scattered`` where
-            that is by ``load_scattered``, ``distances`` where it is one table of distances; ``line`` where
-            ``ends`` is one, else ``""``.
+            that is by ``load_scattered``, ``distances`` where it is one table of distances, ``buckets`` where
+            that holds indices; ``line`` where ``ends`` is one, else ``""``.
+        by_key: score or mask loads something for each key.
     """
 
     score: Any
@@ -129,6 +130,7 @@ class Generated:
     folded: bool
     sums_rows: bool
     loads: str
+    by_key: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -198,12 +200,15 @@ def generate(
         scale=scale,
         dscale=dscale,
         folded=folded,
-        loads="line" if ends is not None and ends.is_line else _loads(score, names),
+        loads=_loads(score, ends, names),
+        by_key=any(n.op == "load" and axis_of(n) == 1 for e in (score, mask) if e for n in walk(e)),
         sums_rows=any(_sums_rows(score, program.captures[index]) for index, _ in grads),
     )
 
 
-def _loads(score: Expr, names: Names) -> str:
+def _loads(score: Expr, ends: Ends | None, names: Names) -> str:
+    if ends is not None and (ends.is_line or ends.values is not None):
+        return "line" if ends.is_line else "buckets"
     of_pairs = _loads_of_pairs(score)
     if not of_pairs:
         return ""
@@ -255,8 +260,8 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.device_math import (
-    add_gradient, block_max, block_min, floordiv_float, floordiv_int, load_scattered, mod_float, mod_int,
-    sigmoid, tanh, tanh_approx, tanh_precise, widened
+    MODERATE, add_gradient, block_max, block_min, floordiv_float, floordiv_int, load_scattered, mod_float,
+    mod_int, sigmoid, tanh, tanh_approx, tanh_precise, widened
 )
 
 
@@ -402,7 +407,7 @@ def _where_0(score: Expr, *terms: Expr) -> Expr:
 def _moderate(values: Sequence[Expr], printer: Printer) -> str:
     """Whether float32 adds all of them up with others well: not NaN, infinity or what absorbs."""
     texts = (printer.as_kind(value, "float") for value in values)
-    return " & ".join(f"(tl.abs({text}) < 4096.0)" for text in texts)
+    return " & ".join(f"(tl.abs({text}) < MODERATE)" for text in texts)
 
 
 def _ends_function(load: Expr, place: Expr, score: Expr, names: Names) -> str:

@@ -10,49 +10,76 @@ from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """BM queries × BN keys per tile; both divide the map's block of 128, BN is a multiple of 32."""
+    """BM queries × BN keys per tile; both divide the map's block of 128, BN is a multiple of 32.
+
+    ``registers``: the most that a thread may have, so that more programs share a multiprocessor.
+    """
 
     bm: int
     bn: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 _C = Config
-# (kernel, capability) → head dims up to 64, up to 128, up to 256; up to 64 with dropout
-_HALF: dict[tuple[str, int], tuple[Config, Config, Config, Config]] = {
-    ("forward", 8): (_C(64, 64, 4, 3), _C(64, 64, 4, 3), _C(64, 32, 4, 2), _C(64, 64, 4, 3)),
-    ("dkdv", 8): (_C(32, 64, 4, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1), _C(32, 64, 4, 2)),
-    ("dq", 8): (_C(64, 64, 4, 2), _C(64, 32, 4, 2), _C(32, 32, 4, 1), _C(64, 32, 4, 2)),
-    ("forward", 9): (_C(128, 64, 4, 3), _C(64, 64, 4, 3), _C(128, 64, 8, 2), _C(64, 64, 4, 3)),
-    ("dkdv", 9): (_C(64, 64, 4, 3), _C(32, 64, 4, 3), _C(64, 64, 8, 1), _C(64, 64, 4, 3)),
-    ("dq", 9): (_C(128, 64, 4, 3), _C(128, 64, 8, 3), _C(128, 32, 8, 2), _C(64, 32, 4, 3)),
-    ("forward", 10): (_C(64, 64, 4, 3), _C(64, 64, 4, 3), _C(64, 64, 8, 2), _C(64, 64, 4, 3)),
-    ("dkdv", 10): (_C(32, 64, 4, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1), _C(32, 64, 4, 2)),
-    ("dq", 10): (_C(64, 64, 4, 2), _C(64, 64, 8, 2), _C(64, 32, 8, 1), _C(64, 32, 4, 2)),
+_THREE = 168
+"""Registers of a thread with which three programs of 4 warps share a multiprocessor."""
+# (kernel, capability) → head dims up to 64, up to 128, up to 256
+_HALF: dict[tuple[str, int], tuple[Config, Config, Config]] = {
+    ("forward", 8): (_C(64, 64, 4, 3), _C(64, 64, 4, 3), _C(64, 32, 4, 2)),
+    ("dkdv", 8): (_C(32, 64, 4, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1)),
+    ("dq", 8): (_C(64, 64, 4, 2), _C(64, 32, 4, 2), _C(32, 32, 4, 1)),
+    ("forward", 9): (_C(64, 64, 4, 3), _C(64, 64, 4, 3), _C(128, 64, 8, 2)),
+    ("dkdv", 9): (_C(64, 64, 4, 3), _C(32, 64, 4, 3), _C(32, 32, 8, 1)),
+    ("dq", 9): (_C(64, 64, 4, 3), _C(128, 64, 8, 3), _C(128, 32, 8, 2)),
+    ("forward", 10): (_C(64, 64, 4, 3), _C(64, 64, 4, 3), _C(64, 64, 8, 2)),
+    ("dkdv", 10): (_C(32, 64, 4, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 1)),
+    ("dq", 10): (_C(64, 64, 4, 2), _C(64, 64, 8, 2), _C(64, 32, 8, 1)),
 }
+# Where tiles come by the tensor memory accelerator
+_DESCRIBED: dict[str, tuple[Config, Config, Config]] = {
+    "forward": (_C(64, 128, 4, 2), _C(64, 64, 4, 3), _C(128, 64, 8, 2)),
+    "dkdv": (_C(64, 64, 4, 3), _C(32, 64, 4, 3), _C(32, 32, 8, 1)),
+    "dq": (_C(64, 64, 4, 3, _THREE), _C(64, 64, 4, 2), _C(128, 64, 8, 1)),
+}
+# There, by kernel and width: with dropout; of scores ``s*c`` without it; of those under a mask that loads
+# nothing, or none; under none
+_DROPOUT = {("dq", 128): _C(128, 64, 8, 3)}
+_PLAIN = {("dkdv", 128): _C(64, 64, 4, 2)}
+_CLOSED = {("dkdv", 64): _C(64, 64, 4, 3, _THREE)}
+_DENSE = {("dq", 128): _C(128, 64, 8, 3)}
+# There, by what the score loads for each query and key, or is
+_LOADS: dict[tuple[str, str, int], Config] = {
+    ("forward", "tiles", 64): _C(128, 64, 4, 3),
+    ("dkdv", "tiles", 64): _C(64, 64, 4, 2),
+    ("dq", "tiles", 64): _C(64, 64, 4, 2),
+    ("forward", "tiles", 128): _C(64, 64, 4, 2),
+    ("dq", "tiles", 128): _C(128, 64, 8, 2),
+    ("forward", "mask", 64): _C(64, 64, 4, 3),
+    ("dq", "mask", 64): _C(64, 64, 4, 3),
+    ("dq", "scattered", 64): _C(64, 64, 4, 3),
+    ("dq", "scattered", 128): _C(64, 32, 4, 3),
+    ("dq", "distances", 64): _C(64, 64, 4, 3),
+    ("forward", "buckets", 64): _C(64, 64, 4, 2),
+    ("forward", "line", 64): _C(64, 128, 4, 3),
+    ("dq", "line", 128): _C(128, 64, 8, 3),
+    **{
+        ("dq", loads, 256): _C(128, 32, 8, 2)
+        for loads in ("line", "buckets", "distances", "scattered", "tiles", "mask")
+    },
+}
+# There, up to 64, where something is loaded for each key, for which wide tiles have no registers; the second
+# with dropout
+_BY_KEY = _C(64, 64, 4, 3), _C(64, 64, 4, 2)
+# dk and dv by kernels of their own: on capability 9, up to 256
+_APART = {"dk": _C(32, 128, 8, 2), "dv": _C(64, 128, 8, 2)}
 _DECODE: dict[int, tuple[Config, Config, Config]] = {
     2: (_C(16, 128, 4, 3), _C(16, 64, 4, 3), _C(16, 32, 4, 3)),
     4: (_C(16, 64, 4, 2), _C(16, 32, 8, 2), _C(16, 32, 8, 2)),
 }
-# Where every tile is full, on capability 9: (kernel, bucket, long sequences)
-_DENSE: dict[tuple[str, int, bool], Config] = {
-    ("forward", 64, False): _C(64, 64, 4, 3),
-    ("forward", 64, True): _C(64, 64, 4, 3),
-    ("forward", 128, True): _C(128, 128, 8, 3),
-    ("dkdv", 128, True): _C(64, 128, 8, 3),
-}
-_LONG = 4096
 # Where a bias or a mask is loaded per element its addresses take registers, and its tiles shared memory.
 _TILE_LOADS = {"forward": _C(64, 64, 4, 2), "dkdv": _C(32, 64, 4, 2), "dq": _C(64, 32, 4, 2)}
-# Entries of tables, on capability 9: head dims up to 64, up to 128
-_SCATTERED = {
-    "forward": (_C(64, 64, 4, 3), _C(64, 64, 4, 3)),
-    "dkdv": (_C(32, 64, 4, 3), _C(32, 64, 4, 2)),
-    "dq": (_C(64, 32, 4, 3), _C(64, 32, 4, 3)),
-}
-# One table of distances, on capability 9, head dims up to 64
-_DISTANCES = {"forward": _C(128, 64, 4, 3), "dkdv": _C(64, 64, 4, 3), "dq": _C(64, 64, 4, 3)}
 _SINGLE: dict[str, tuple[Config, Config, Config]] = {
     "forward": (_C(32, 32, 4, 2), _C(32, 32, 8, 2), _C(16, 32, 8, 1)),
     "dkdv": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1)),
@@ -69,18 +96,27 @@ class Kind(NamedTuple):
     """What the choice depends on.
 
     ``head_dim`` is the larger of the padded D and Dv, ``itemsize`` the bytes of an element of q,
-    ``capability`` the device's major compute capability, ``plain`` a score ``s*c`` without a mask,
-    ``loads`` is ``tiles`` where something is loaded per element, ``scattered`` where entries of tables are,
-    ``distances`` where those of one table of distances are, ``line`` where the score is a line over the keys.
+    ``capability`` the device's major compute capability, ``describes`` that tiles come by the tensor memory
+    accelerator, ``plain`` a score ``s*c``, ``masked`` that there is a mask, ``mask_loads`` that it loads
+    something, ``by_key`` that something is loaded for each key, ``loads`` what is for each query and key, see
+    ``codegen.Generated``, or ``mask`` where only the mask has to.
     """
 
     head_dim: int
     itemsize: int
     capability: int
+    describes: bool
     dropout: bool
     plain: bool
+    masked: bool
+    mask_loads: bool
+    by_key: bool
     loads: str
-    length: int
+
+    @property
+    def width(self) -> int:
+        """The column of the tables: 64, 128 or 256."""
+        return 64 if self.head_dim <= 64 else 128 if self.head_dim <= 128 else 256
 
 
 def measured(kernel: str, itemsize: int) -> tuple[Config, ...]:
@@ -88,38 +124,62 @@ def measured(kernel: str, itemsize: int) -> tuple[Config, ...]:
     if kernel == "table":
         square = _TABLE[2 if itemsize == 2 else 4]
         rows = [c for s in square for c in (s, s._replace(warps=8, stages=1), s._replace(stages=1))]
+    elif kernel in _APART:
+        rows = [*_APART.values()]
     elif itemsize != 2:
         rows = list(_SINGLE[kernel])
     else:
         rows = [c for (name, _), row in _HALF.items() if name == kernel for c in row]
-        rows += [c for (name, *_), c in _DENSE.items() if name == kernel]
-        rows += [_TILE_LOADS[kernel], *_SCATTERED[kernel], _DISTANCES[kernel]]
+        rows += _DESCRIBED[kernel]
+        special = (_DROPOUT, _PLAIN, _CLOSED, _DENSE, _LOADS)
+        rows += [c for table in special for (name, *_), c in table.items() if name == kernel]
+        rows += [_TILE_LOADS[kernel], *(_BY_KEY if kernel == "forward" else ())]
     return tuple(dict.fromkeys(rows))
 
 
+def are_apart(kind: Kind) -> bool:
+    """Whether ``dk`` and ``dv`` are kernels of their own: of wide heads both together spill registers."""
+    return kind.capability == 9 and kind.itemsize == 2 and kind.width == 256
+
+
 def choose(kernel: str, kind: Kind) -> Config:
-    """The config of ``forward``, ``dkdv``, ``dq`` or ``table``; that of ``decode`` is for the fewest rows."""
-    bucket = 0 if kind.head_dim <= 64 else 1 if kind.head_dim <= 128 else 2
+    """The config of a kernel: forward, dkdv, dk, dv, dq, table; that of decode is for the fewest rows."""
+    width, size = kind.width, 2 if kind.itemsize == 2 else 4
+    column = (64, 128, 256).index(width)
     if kernel in ("decode", "table"):
-        config = {"decode": _DECODE, "table": _TABLE}[kernel][2 if kind.itemsize == 2 else 4][bucket]
+        config = {"decode": _DECODE, "table": _TABLE}[kernel][size][column]
         if kernel == "table" and kind.capability != 9:
             return config._replace(warps=8, stages=1)
         return config
-    if kind.itemsize != 2:
-        return _SINGLE[kernel][bucket]
+    if kernel in _APART:
+        if are_apart(kind):
+            # What a line gains within a tile of queries is kept for one size of tiles.
+            return _APART["dk" if kind.loads == "line" else kernel]
+        kernel = "dkdv"
+    if size != 2:
+        return _SINGLE[kernel][column]
+    if kind.describes:
+        return _described(kernel, kind)
+    if kind.loads not in ("", "line") and width < 256:
+        return _TILE_LOADS[kernel]
     capability = min(max(kind.capability, 8), 10)
-    if kind.loads == "line":
-        if capability == 9 and kernel == "dq" and not bucket:
-            return _DISTANCES[kernel]
-    elif kind.loads and bucket < 2:
-        if capability != 9 or kind.loads == "tiles":
-            return _TILE_LOADS[kernel]
-        if kind.loads == "distances" and not bucket:
-            config = _DISTANCES[kernel]
-            return config._replace(stages=2) if kernel == "dkdv" and kind.dropout else config
-        return _SCATTERED[kernel][bucket]
-    if capability == 9 and kind.plain and not kind.dropout:
-        dense = _DENSE.get((kernel, (64, 128, 256)[bucket], kind.length >= _LONG))
-        if dense is not None:
-            return dense
-    return _HALF[kernel, capability][3 if kind.dropout and bucket == 0 else bucket]
+    if kernel == "dq" and kind.dropout and capability != 9 and width == 64:
+        return _TILE_LOADS[kernel]
+    return _HALF[kernel, capability][column]
+
+
+def _described(kernel: str, kind: Kind) -> Config:
+    at = kernel, kind.width
+    tables: list[dict[tuple[str, int], Config]] = []
+    if kind.dropout:
+        tables = [_DROPOUT]
+    elif kind.plain:
+        tables = [_PLAIN, {} if kind.mask_loads else _CLOSED, {} if kind.masked else _DENSE]
+    config = _DESCRIBED[kernel][(64, 128, 256).index(kind.width)]
+    for table in tables:
+        config = table.get(at, config)
+    if kind.loads:
+        config = _LOADS.get((kernel, kind.loads, kind.width), config)
+    if kernel == "forward" and kind.by_key and config.bn > 64:
+        config = _BY_KEY[kind.dropout]
+    return config

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.device_math import LN2, LOG2E, sink_of_rows
-from flashfuse.kernels.forward import attend, load_rows, row_maximum, tile_start
+from flashfuse.kernels.forward import attend, load_rows, plane_of, row_maximum, tile_start
 
 MAX_QUERIES = 16
 """Longer sites have enough tiles of queries, or enough work in each."""
@@ -76,7 +76,7 @@ def decode_split(  # type: ignore[no-untyped-def]
     kv_heads = H // GROUP
     b = rest // tiles // kv_heads
     kvh = rest // tiles % kv_heads
-    b64, kvh64 = b.to(tl.int64) * 8, kvh.to(tl.int64) * 8
+    b64 = b.to(tl.int64) * 8
     local = rest % tiles * BM + tl.arange(0, BM)
     in_range = local < GROUP * Sq
     # Rows past the end repeat the last one, so that loads stay inside; they are not stored.
@@ -90,8 +90,8 @@ def decode_split(  # type: ignore[no-untyped-def]
         q = tl.load(q_ptrs, mask=(d < D)[None, :], other=0.0)  # [BM, D_PAD]
     else:
         q = tl.load(q_ptrs)
-    k_base = K + b64 * skb + kvh64 * skh
-    v_base = V + b64 * svb + kvh64 * svh
+    k_plane = plane_of(K, b, kvh, skb, skh)
+    v_plane = plane_of(V, b, kvh, svb, svh)
     acc = tl.zeros([BM, DV_PAD], tl.float32)
     l = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
@@ -104,19 +104,12 @@ def decode_split(  # type: ignore[no-untyped-def]
         share = (total + splits - 1) // splits
         first = tl.minimum(split * share, total)
         end = tl.minimum(first + share, total)
-        middle = tl.maximum(first, tl.minimum(end, partial))
         start = tile_start(Row + 2, first, end, BN, BLOCK)
-        for i in range(first, middle):
+        for i in range(first, end):
             acc, l, m = attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, 0, q_rows, b, h[:, None], Sq, Skv, ptrs, nums,
-                0, 0, 0, SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, False, True, PRECISION,
-            )  # fmt: skip
-            start = tile_start(Row + 2, i + 1, end, BN, BLOCK)
-        start = tile_start(Row + 2, middle, end, BN, BLOCK)
-        for i in range(middle, end):
-            acc, l, m = attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, 0, q_rows, b, h[:, None], Sq, Skv, ptrs, nums,
-                0, 0, 0, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, False, False, PRECISION,
+                acc, l, m, q, k_plane, v_plane, sks, svs, start, i < partial, 0, q_rows, b, h[:, None], Sq,
+                Skv, ptrs, nums, 0, 0, 0,
+                SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, False, True, PRECISION,
             )  # fmt: skip
             start = tile_start(Row + 2, i + 1, end, BN, BLOCK)
     else:
@@ -127,14 +120,15 @@ def decode_split(  # type: ignore[no-untyped-def]
         end = tl.minimum(first + share, total)
         for i in range(first, tl.minimum(end, whole)):
             acc, l, m = attend(
-                acc, l, m, q, k_base, v_base, sks, svs, i * BN, 0, q_rows, b, h[:, None], Sq, Skv, ptrs, nums,
-                0, 0, 0, SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, False, False, PRECISION,
+                acc, l, m, q, k_plane, v_plane, sks, svs, i * BN, True, 0, q_rows, b, h[:, None], Sq, Skv,
+                ptrs, nums, 0, 0, 0,
+                SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, False, False, PRECISION,
             )  # fmt: skip
         if (first <= whole) & (whole < end):
             acc, l, m = attend(
-                acc, l, m, q, k_base, v_base, sks, svs, whole * BN, 0, q_rows, b, h[:, None], Sq, Skv, ptrs,
-                nums, 0, 0, 0, SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, False, True,
-                PRECISION,
+                acc, l, m, q, k_plane, v_plane, sks, svs, whole * BN, True, 0, q_rows, b, h[:, None], Sq, Skv,
+                ptrs, nums, 0, 0, 0,
+                SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, False, True, PRECISION,
             )  # fmt: skip
 
     slot = ((b * H + h).to(tl.int64) * Sq + q_rows) * splits + split  # [BM]

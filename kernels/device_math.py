@@ -12,6 +12,8 @@ from triton.language.extra import libdevice
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+MODERATE: tl.constexpr = tl.constexpr(4096.0)
+"""Below it float32 adds a number up with scores well; NaN and infinity are not."""
 
 
 def is_interpreted() -> bool:

@@ -17,8 +17,12 @@ mask, full ones do not.  A row with no key (l = 0) is written as the mode DEAD a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashfuse.kernels.device_math import (
     LN2,
@@ -69,6 +73,16 @@ def tile_of_ends(Blocks, i, n, before, after, BN: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
+def tile_of_rest(  # type: ignore[no-untyped-def]
+    Row, i, partial, full, before, after, BN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """First element of the i-th tile of a row of the map: partial blocks, then full ones less ends."""
+    RATIO: tl.constexpr = BLOCK // BN
+    skipped = tl.where(i < partial * RATIO, 0, before * RATIO)
+    return tile_start(Row + 2, i + skipped, (partial + full - after) * RATIO, BN, BLOCK)
+
+
+@triton.jit
 def count_ends_of_range(n, most, least):  # type: ignore[no-untyped-def]
     """The same of the list 0, …, n − 1."""
     before = tl.minimum(tl.maximum(most + 1, 0), n)
@@ -92,6 +106,50 @@ def load_rows(  # type: ignore[no-untyped-def]
         return tl.load(ptrs)
 
 
+def descriptor_of(
+    sizes: Sequence[int], strides: Sequence[int], rows: int, columns: int
+) -> Callable[[Any], Any]:
+    """What makes descriptors of tensors [B, H, S, D] like that, which are read in tiles [rows, columns]."""
+    # An axis of one element may have any stride.
+    known = {
+        "shape": list(sizes),
+        "strides": [s if n > 1 else 8 for n, s in zip(sizes[:3], strides[:3], strict=True)] + [1],
+        "block_shape": [1, 1, rows, columns],
+        "padding": "zero",
+        "round_f32_to_tf32": False,
+    }
+
+    def make(t: Any) -> Any:
+        # Not by the constructor: its checks, which the site has made, take longer than a launch.
+        made = object.__new__(TensorDescriptor)
+        made.__dict__.update(known, base=t)
+        return made
+
+    return make
+
+
+@triton.jit
+def plane_of(X, b, h, stride_b, stride_h):  # type: ignore[no-untyped-def]
+    """What :func:`load_tile` reads rows of X [B, H, S, D] from, at (b, h): X is a pointer or a descriptor."""
+    if isinstance(X, tl.tensor_descriptor):
+        return (X, b, h)
+    else:
+        return (X + b.to(tl.int64) * 8 * stride_b + h.to(tl.int64) * 8 * stride_h, b, h)
+
+
+@triton.jit
+def load_tile(  # type: ignore[no-untyped-def]
+    plane, start, local, stride, size, D: tl.constexpr, D_PAD: tl.constexpr, CHECK: tl.constexpr
+):
+    """[ROWS, D_PAD] from row ``start`` on of a plane [size, D]; zero outside."""
+    base, b, h = plane
+    if isinstance(base, tl.tensor_descriptor):
+        ROWS: tl.constexpr = local.shape[0]
+        return tl.reshape(base.load([b, h, start, 0]), [ROWS, D_PAD])
+    else:
+        return load_rows(base + start.to(tl.int64) * 8 * stride, local, stride, size - start, D, D_PAD, CHECK)
+
+
 @triton.jit
 def along_keys(columns, b, h, Sq, Skv, ptrs, nums, SCORE: tl.constexpr):  # type: ignore[no-untyped-def]
     """[BN]: what a score that is a line over the keys gains over the columns of a tile."""
@@ -102,8 +160,8 @@ def along_keys(columns, b, h, Sq, Skv, ptrs, nums, SCORE: tl.constexpr):  # type
 
 @triton.jit
 def attend(  # type: ignore[no-untyped-def]
-    acc, l, m, q, k_base, v_base, sks, svs, start, q_first, q_rows, b, h, Sq, Skv, ptrs, nums, seed, bh,
-    threshold,
+    acc, l, m, q, k_plane, v_plane, sks, svs, start, partial, q_first, q_rows, b, h, Sq, Skv, ptrs, nums,
+    seed, bh, threshold,
     SCORE: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
@@ -115,9 +173,8 @@ def attend(  # type: ignore[no-untyped-def]
     one for each column.
     """
     start = tl.cast(start, tl.int32)
-    offset = start.to(tl.int64) * 8
     columns = tl.arange(0, BN)
-    k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, CHECK)  # [BN, D_PAD]
+    k = load_tile(k_plane, start, columns, sks, Skv, D, D_PAD, CHECK)  # [BN, D_PAD]
     s = dot_rows(q, k, PRECISION)  # [BM, BN]
     kv = start + columns
     inside = (kv < Skv)[None, :]
@@ -126,10 +183,11 @@ def attend(  # type: ignore[no-untyped-def]
     if SCALE is None and FLAT is None:
         s = SCORE(s, b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
     if MASK is not None:
-        allowed = MASK(b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-        if CHECK:
-            allowed = allowed & inside
-        s = tl.where(allowed, s, float("-inf"))
+        if partial:
+            allowed = MASK(b, h, q_rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
+            if CHECK:
+                allowed = allowed & inside
+            s = tl.where(allowed, s, float("-inf"))
     elif CHECK:
         s = tl.where(inside, s, float("-inf"))
     if FLAT is not None:
@@ -165,7 +223,7 @@ def attend(  # type: ignore[no-untyped-def]
     if DROPOUT:
         draw = keep_draw(seed, bh, q_first, start, BM, BN)
         p = as_written(tl.where(draw >= threshold, p, 0.0))
-    v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
+    v = load_tile(v_plane, start, columns, svs, Skv, DV, DV_PAD, CHECK)  # [BN, DV_PAD]
     acc = dot_add(p.to(v.dtype), v, acc, PRECISION)
     return acc, l, m_new
 
@@ -201,12 +259,17 @@ def attention_forward(  # type: ignore[no-untyped-def]
     b = bh // H
     h = bh % H
     kvh = h // GROUP
-    b64, h64, kvh64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8, kvh.to(tl.int64) * 8
+    b64, h64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8
     first = tile * BM
     local = tl.arange(0, BM)
+    partial, full, start = 0, 0, 0
+    if MASK is not None:
+        # Asked for before all else, for what the loop loads waits for it.
+        Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
+        partial, full, start = tl.load(Row), tl.load(Row + 1), tl.load(Row + 2) * BLOCK
     q_base = Q + b64 * sqb + h64 * sqh + first.to(tl.int64) * 8 * sqs
-    k_base = K + b64 * skb + kvh64 * skh
-    v_base = V + b64 * svb + kvh64 * svh
+    k_plane = plane_of(K, b, kvh, skb, skh)
+    v_plane = plane_of(V, b, kvh, svb, svh)
     q = load_rows(q_base, local, sqs, Sq - first, D, D_PAD, not EVEN)  # [BM, D_PAD]
     # Rows past the end repeat the last one, so that loads of captures stay inside; they are not stored.
     q_rows = tl.minimum(first + local, Sq - 1)
@@ -222,72 +285,54 @@ def attention_forward(  # type: ignore[no-untyped-def]
         # The last and the first key of a tile that lies all within the one end and the other.
         most, least = low + first, high + first + BM - 1
 
+    before, after = 0, 0
     if MASK is not None:
-        Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
-        partial = tl.load(Row)
-        num_tiles = partial * (BLOCK // BN)
-        start = tile_start(Row + 2, 0, num_tiles, BN, BLOCK)
-        for i in range(0, num_tiles):
-            acc, l, m = attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
-                seed, bh,
-                threshold, SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN,
-                PRECISION,
-            )  # fmt: skip
-            start = tile_start(Row + 2, i + 1, num_tiles, BN, BLOCK)
-        full = tl.load(Row + 1)
-        Full = Row + 2 + partial
-        before, after = 0, 0
         if ENDS is not None:
+            Full = Row + 2 + partial
             before, after = count_ends(Full, full, (most + 1) // BLOCK - 1, (least + BLOCK - 1) // BLOCK)
             num_tiles = (before + after) * (BLOCK // BN)
             start = tile_of_ends(Full, 0, full, before, after, BN, BLOCK)
             for i in range(0, num_tiles):
                 acc, l, m = attend(
-                    acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
-                    seed, bh,
-                    threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
-                    PRECISION, FLAT, LINE,
+                    acc, l, m, q, k_plane, v_plane, sks, svs, start, False, first, q_rows, b, h, Sq, Skv,
+                    ptrs, nums, seed, bh, threshold,
+                    SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
+                    FLAT, LINE,
                 )  # fmt: skip
                 start = tile_of_ends(Full, i + 1, full, before, after, BN, BLOCK)
-        num_tiles = (full - before - after) * (BLOCK // BN)
-        Full += before
-        start = tile_start(Full, 0, num_tiles, BN, BLOCK)
+            start = tile_of_rest(Row, 0, partial, full, before, after, BN, BLOCK)
+        num_tiles = (partial + full - before - after) * (BLOCK // BN)
         for i in range(0, num_tiles):
             acc, l, m = attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
-                seed, bh,
-                threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
-                PRECISION,
+                acc, l, m, q, k_plane, v_plane, sks, svs, start, i < partial * (BLOCK // BN), first, q_rows,
+                b, h, Sq, Skv, ptrs, nums, seed, bh, threshold,
+                SCORE, MASK, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, not EVEN, PRECISION,
             )  # fmt: skip
-            start = tile_start(Full, i + 1, num_tiles, BN, BLOCK)
+            start = tile_of_rest(Row, i + 1, partial, full, before, after, BN, BLOCK)
     else:
         whole = Skv // BN * BN
-        before, after = 0, 0
         if ENDS is not None:
             before, after = count_ends_of_range(Skv // BN, (most + 1) // BN - 1, (least + BN - 1) // BN)
             for i in range(0, before + after):
                 start = tl.where(i < before, i, i + Skv // BN - before - after) * BN
                 acc, l, m = attend(
-                    acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
-                    seed, bh,
-                    threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
-                    PRECISION, FLAT, LINE,
+                    acc, l, m, q, k_plane, v_plane, sks, svs, start, False, first, q_rows, b, h, Sq, Skv,
+                    ptrs, nums, seed, bh, threshold,
+                    SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
+                    FLAT, LINE,
                 )  # fmt: skip
         for start in range(before * BN, whole - after * BN, BN):
             acc, l, m = attend(
-                acc, l, m, q, k_base, v_base, sks, svs, start, first, q_rows, b, h, Sq, Skv, ptrs, nums,
-                seed, bh,
-                threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False,
-                PRECISION,
+                acc, l, m, q, k_plane, v_plane, sks, svs, start, False, first, q_rows, b, h, Sq, Skv,
+                ptrs, nums, seed, bh, threshold,
+                SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, False, PRECISION,
             )  # fmt: skip
         if not EVEN:  # noqa: SIM102 (known when compiled; the inner one is not)
             if whole < Skv:
                 acc, l, m = attend(
-                    acc, l, m, q, k_base, v_base, sks, svs, whole, first, q_rows, b, h, Sq, Skv, ptrs, nums,
-                    seed, bh,
-                    threshold, SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True,
-                    PRECISION,
+                    acc, l, m, q, k_plane, v_plane, sks, svs, whole, False, first, q_rows, b, h, Sq, Skv,
+                    ptrs, nums, seed, bh, threshold,
+                    SCORE, None, SCALE, FOLDED, D, DV, D_PAD, DV_PAD, BM, BN, DROPOUT, True, PRECISION,
                 )  # fmt: skip
 
     if SINK is not None:

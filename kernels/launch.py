@@ -27,16 +27,32 @@ class Launch(NamedTuple):
     numbers: tuple[Any, ...]
     num_warps: int = 4
     num_stages: int = 1
+    registers: int | None = None
+    fuses: bool = True
+    """Whether a product and a sum may become one operation, which rounds once."""
+    descriptors: tuple[tuple[int, Callable[[Any], Any]], ...] = ()
+    """The places of tensors that the kernel takes in another form, and what makes that."""
+
+
+def with_descriptors(what: Launch, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``tensors`` as the kernel takes them."""
+    if not what.descriptors:
+        return tensors
+    given = list(tensors)
+    for place, make in what.descriptors:
+        given[place] = make(tensors[place])
+    return tuple(given)
 
 
 def launch(what: Launch, *tensors: Any) -> Any:
     """Run ``what``; returns the compiled kernel (``None`` under Triton's interpreter)."""
     return what.kernel[(what.programs,)](
-        *tensors,
+        *with_descriptors(what, tensors),
         *what.numbers,
         num_warps=what.num_warps,
         num_stages=what.num_stages,
-        enable_fp_fusion=True,
+        maxnreg=what.registers,
+        enable_fp_fusion=what.fuses,
     )
 
 
@@ -66,11 +82,12 @@ def direct(compiled: Any, what: Launch) -> Callable[..., None]:
         start = _start(compiled.run, programs, compiled.function, compiled.packed_metadata)
         hooks = runtime.launch_enter_hook.calls, runtime.launch_exit_hook.calls
     except (AttributeError, KeyError):
-        return lambda *tensors: slow(*tensors, *numbers)
+        return lambda *tensors: slow(*with_descriptors(what, tensors), *numbers)
     device = torch.cuda.current_device()
     entering, leaving = hooks
 
     def fast(*tensors: Any) -> None:
+        tensors = with_descriptors(what, tensors)
         if entering or leaving:
             slow(*tensors, *numbers)
         else:

@@ -41,6 +41,11 @@ def fits(t: Tensor) -> bool:
     return strides[3] == 1 and units and strides[2] < 2**23
 
 
+def is_describable(t: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read ``t``, which fits: no axis repeats its elements."""
+    return all(n == 1 or 0 < s < 2**36 for n, s in zip(t.shape, t.stride(), strict=True))
+
+
 def strides_of(t: Tensor | None) -> tuple[int, int, int]:
     """Strides of b, h and s in units of 8 elements."""
     if t is None:

@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.backward import ds_tile, load_stats
-from flashfuse.kernels.device_math import sum_up, zeros_beside
-from flashfuse.kernels.forward import load_rows
-
-MODERATE: tl.constexpr = tl.constexpr(4096.0)
+from flashfuse.kernels.device_math import MODERATE, sum_up, zeros_beside
+from flashfuse.kernels.forward import load_tile, plane_of
 
 
 @triton.jit
@@ -33,19 +31,16 @@ def _table_tile(  # type: ignore[no-untyped-def]
     b = i // length_of_one
     first = (first_q + i % length_of_one) * TILE
     start = (first_kv + i % length_of_one) * TILE
-    b64, first64 = b.to(tl.int64) * 8, first.to(tl.int64) * 8
-    h64, kvh64 = h.to(tl.int64) * 8, (h // GROUP).to(tl.int64) * 8
     bh = b * H + h
     at = bh.to(tl.int64) * Sq + first + local
     lse, delta, norm = load_stats(Stats, at, local < Sq - first, not EVEN, FOLDED)
-    q_base = Q + b64 * sqb + h64 * sqh + first64 * sqs
-    do_base = DOut + b64 * sgb + h64 * sgh + first64 * sgs
-    q = load_rows(q_base, local, sqs, Sq - first, D, D_PAD, not EVEN)
-    do = load_rows(do_base, local, sgs, Sq - first, DV, DV_PAD, not EVEN)
-    k_base, v_base = K + b64 * skb + kvh64 * skh, V + b64 * svb + kvh64 * svh
+    q = load_tile(plane_of(Q, b, h, sqb, sqh), first, local, sqs, Sq, D, D_PAD, not EVEN)
+    do = load_tile(plane_of(DOut, b, h, sgb, sgh), first, local, sgs, Sq, DV, DV_PAD, not EVEN)
+    kvh = h // GROUP
+    k_plane, v_plane = plane_of(K, b, kvh, skb, skh), plane_of(V, b, kvh, svb, svh)
     rows = tl.minimum(first + local, Sq - 1)
-    ds, s, _, kv, _ = ds_tile(
-        q, do, lse, delta, norm, k_base, v_base, sks, svs, start, first, rows, b, h, Sq, Skv,
+    ds, s, _, kv = ds_tile(
+        q, do, lse, delta, norm, k_plane, v_plane, sks, svs, start, True, first, rows, b, h, Sq, Skv,
         ptrs, nums, seed, bh, threshold, drop_scale, SCORE, MASK, SCALE, FOLDED,
         D, DV, D_PAD, DV_PAD, TILE, TILE, DROPOUT, not EVEN, PRECISION, False, FLAT,
     )  # fmt: skip

@@ -20,10 +20,20 @@ from flashfuse.kernels import autotune, block_map, configs, decode, dropout, sin
 from flashfuse.kernels import backward as backward_kernels
 from flashfuse.kernels.codegen import LOG2E, Generated, generate
 from flashfuse.kernels.device_math import is_interpreted
-from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward
+from flashfuse.kernels.expr import walk
+from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO, attention_forward, descriptor_of
 from flashfuse.kernels.interval import needs_elements
 from flashfuse.kernels.launch import Launch, Launches, launch, on_device
-from flashfuse.kernels.layout import bshd, fits, is_aligned, map_strides, padded, strides_of, typed
+from flashfuse.kernels.layout import (
+    bshd,
+    fits,
+    is_aligned,
+    is_describable,
+    map_strides,
+    padded,
+    strides_of,
+    typed,
+)
 from flashfuse.kernels.ops import BLOCK
 from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, SCORES_ONLY, ScoreProgram, differentiable_loads
 
@@ -146,9 +156,10 @@ def backward(
 
         sums = site.capture_gradients(captures, add_up)
         extra_k, extra_v = site.dead_gradients(do, lse, aligned, q, k, v, stats, seed, ptrs)
-        make = functools.partial(site.make_dkdv, dk, dv, extra_k, extra_v, q_map)
         extra = (extra_k, extra_v)
-        run("dkdv", aligned, make, q, k, v, do, dk, dv, stats, *extra, q_map, seed, ends, ptrs)
+        for name, *written in site.passes_over_keys(dk, dv):
+            make = functools.partial(site.make_dkdv, *written, *extra, q_map)
+            run(name, aligned, make, q, k, v, do, *written, stats, *extra, q_map, seed, ends, ptrs)
         totals = dict(zip(site.of_score, sums, strict=True))
         for i, gradient in site.sink_gradients(captures, ints, lse, stats).items():
             totals[i] = totals[i] + gradient if i in totals else gradient
@@ -211,6 +222,8 @@ def _site(
     return site
 
 
+FEWEST_SCORES_DESCRIBED = 2**24
+"""From which on the tensor memory accelerator brings tiles: its descriptors cost the host microseconds."""
 SHORTEST_WITH_ENDS = 512
 """Keys, from which on tiles are looked for in which a table of distances is one number."""
 
@@ -250,11 +263,12 @@ class _Site:
         # "mean" without dropout has a closed form; otherwise dead rows take a pass of their own.
         self.uniform = program.dead_rows in REACHING
         self.fits = [fits(t) for t in tensors]
+        # What a call's tensors are like once they fit; no memory of theirs is kept.
+        meta = [torch.empty_strided(t.shape, t.stride(), device="meta") for t in tensors]
+        self.like = [t if fit else t.contiguous() for t, fit in zip(meta, self.fits, strict=True)]
         self.layouts = [bshd(sizes) for sizes in (q.shape, k.shape, v.shape, (*q.shape[:3], self.v_dim))]
         self.layout_of_rows = q.shape[:3], (self.heads * self.q_len, self.q_len, 1)
-        self.strides = [
-            strides_of(t if fit else t.contiguous()) for t, fit in zip(tensors, self.fits, strict=True)
-        ]
+        self.strides = [strides_of(t) for t in self.like]
         types, numbers = typed(captures)
         self.nums = (*(n for s in numbers for n in s), *ints)
         of_score = differentiable_loads(program.score)
@@ -270,9 +284,36 @@ class _Site:
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
         self.launches = Launches(self.tuned if tune else None)
         self.capability = _major_capability(q.device)
+        self.describes = (
+            self.capability == 9
+            and self.itemsize == 2
+            and self.batch * self.heads * self.q_len * self.kv_len >= FEWEST_SCORES_DESCRIBED
+            and all(map(is_describable, self.like))
+        )
         # Heads that share a tile must share the lists of blocks.
         self.shares_map = self.group == 1 or "h" not in self.program.mask_variables
         self.splits = 0 if self.is_empty else self._splits(q.device)
+
+    def descriptors(self, rows: int, *places: int) -> tuple[tuple[int, Callable[[Tensor], Any]], ...]:
+        """Of q, k, v or do, by their places: what makes descriptors for tiles of so many rows."""
+        if not self.describes:
+            return ()
+        like = [(i, self.like[i]) for i in places]
+        return tuple((i, descriptor_of(t.shape, t.stride(), rows, padded(t.shape[3]))) for i, t in like)
+
+    def _launch(
+        self,
+        kernel: Any,
+        programs: int,
+        numbers: tuple[Any, ...],
+        config: configs.Config,
+        descriptors: tuple[tuple[int, Callable[[Tensor], Any]], ...] = (),
+    ) -> Launch:
+        # In full float32 all kernels must round scores alike, or the dS of a row do not sum to 0; which
+        # product becomes one with a sum depends on what the compiler sees around it.
+        fuses = self.precision != "ieee"
+        _, _, warps, stages, registers = config
+        return Launch(kernel, programs, numbers, warps, stages, registers, fuses, descriptors)
 
     def rows(self, t: Tensor, position: int) -> Tensor:
         """``t`` as the kernels read it: copied if its layout does not fit."""
@@ -295,12 +336,22 @@ class _Site:
         )
 
     def config(self, kernel: str) -> configs.Config:
-        plain = self.code.scale is not None and self.program.mask is None
-        width = max(self.d_pad, self.dv_pad)
+        return configs.choose(kernel, self._kind())
+
+    def _kind(self) -> configs.Kind:
         mask = self.program.mask
-        loads = "tiles" if mask is not None and needs_elements(mask) else self.code.loads
-        kind = configs.Kind(width, self.itemsize, self.capability, self.dropout, plain, loads, self.q_len)
-        return configs.choose(kernel, kind)
+        return configs.Kind(
+            head_dim=max(self.d_pad, self.dv_pad),
+            itemsize=self.itemsize,
+            capability=self.capability,
+            describes=self.describes,
+            dropout=self.dropout,
+            plain=self.code.scale is not None,
+            masked=mask is not None,
+            mask_loads=mask is not None and any(node.op == "load" for node in walk(mask)),
+            by_key=self.code.by_key,
+            loads=self.code.loads or ("mask" if mask is not None and needs_elements(mask) else ""),
+        )
 
     def tuned(self, name: Hashable, make: Callable[..., Launch], tensors: tuple[Any, ...]) -> Launch:
         """The launch ``name`` with the tiles that are the fastest on ``tensors``."""
@@ -310,7 +361,7 @@ class _Site:
         sizes = autotune.Sizes(self.d_pad, self.dv_pad, self.itemsize, shared, self.dropout)
         static = self.config(name)
         choices = autotune.candidates(name, static, sizes)
-        if (name == "dkdv" and self._ends[2]) or (name == "table" and self._skips_ends):
+        if (name in ("dkdv", "dk", "dv") and self._ends[2]) or (name == "table" and self._skips_ends):
             # Another kernel has worked with these tiles.
             choices = [c for c in choices if c.bm == static.bm]
         elif name == "dq" and self._skips_ends:
@@ -397,7 +448,7 @@ class _Site:
             *(BLOCK, self.even, self.dropout, self._dead, self.precision, config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
-        return Launch(attention_forward, programs, numbers, config.warps, config.stages)
+        return self._launch(attention_forward, programs, numbers, config, self.descriptors(config.bn, 1, 2))
 
     def _splits(self, device: torch.device) -> int:
         """How many parts the keys are split into; 0 where the ordinary kernel runs."""
@@ -425,7 +476,7 @@ class _Site:
             *(self.precision, config.bm, config.bn),
         )
         programs = self._decode_tiles() * self.splits
-        return Launch(decode.decode_split, programs, numbers, config.warps, config.stages)
+        return self._launch(decode.decode_split, programs, numbers, config)
 
     def make_combine(self) -> Launch:
         code = self.code
@@ -460,16 +511,23 @@ class _Site:
         numbers = (
             *(self.nums, *self._four_strides, *self._lengths, *self._drop),
             *(code.score, code.mask, code.sink, self._scale, code.folded),
-            *(self.sums_rows_exactly, self.config("dkdv").bm if self._ends[2] else None, *self._dims),
+            *(self.sums_rows_exactly, self.config("dk").bm if self._ends[2] else None, *self._dims),
             *(self.dropout, self.precision, config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
-        return Launch(backward_kernels.backward_rows, programs, numbers, config.warps)
+        kernel = backward_kernels.backward_rows
+        return self._launch(kernel, programs, numbers, config._replace(stages=1, registers=None))
+
+    def passes_over_keys(self, dk: Tensor, dv: Tensor) -> list[tuple[str, Tensor | None, Tensor | None]]:
+        """Kernels by name, with what they write: wide dk and dv do not fit into the registers together."""
+        if configs.are_apart(self._kind()):
+            return [("dk", dk, None), ("dv", None, dv)]
+        return [("dkdv", dk, dv)]
 
     def make_dkdv(
         self,
         dk: Tensor | None,
-        dv: Tensor,
+        dv: Tensor | None,
         extra_k: Tensor | None,
         extra_v: Tensor | None,
         q_map: Tensor | None,
@@ -477,7 +535,7 @@ class _Site:
         config: configs.Config | None = None,
     ) -> Launch:
         code = self.code
-        config = config or self.config("dkdv")
+        config = config or self.config("dv" if dk is None else "dk" if dv is None else "dkdv")
         numbers = (
             *(self.nums, *self._four_strides, *strides_of(dk), *strides_of(dv)),
             *(*strides_of(extra_k), *strides_of(extra_v), *self._lengths, *map_strides(q_map)),
@@ -494,9 +552,10 @@ class _Site:
             *(config.bm, config.bn),
         )
         programs = -(-self.kv_len // config.bn) * self.batch * self.kv_heads
-        return Launch(
-            backward_kernels.backward_dkdv, programs, numbers, config.warps, 1 if uniform else config.stages
-        )
+        if uniform:
+            config = config._replace(stages=1, registers=None)
+        kernel = backward_kernels.backward_dkdv
+        return self._launch(kernel, programs, numbers, config, self.descriptors(config.bm, 0, 3))
 
     def make_dq(
         self, dq: Tensor, kv_map: Tensor | None, uniform: bool, config: configs.Config | None = None
@@ -539,7 +598,8 @@ class _Site:
             *(config.bm, config.bn),
         )
         programs = -(-self.q_len // config.bm) * self.batch * self.heads
-        return Launch(backward_kernels.backward_dq, programs, numbers, config.warps, config.stages)
+        kernel = backward_kernels.backward_dq
+        return self._launch(kernel, programs, numbers, config, self.descriptors(config.bn, 1, 2))
 
     def make_table(self, config: configs.Config | None = None) -> Launch:
         code, table = self.code, self.code.table
@@ -569,7 +629,8 @@ class _Site:
             *(self.even, self.dropout, self.precision, config.bm),
         )
         programs = self.heads * parts * diagonals
-        return Launch(tables.backward_table, programs, numbers, config.warps, config.stages)
+        kernel = tables.backward_table
+        return self._launch(kernel, programs, numbers, config, self.descriptors(config.bm, 0, 1, 2, 3))
 
     @property
     def _skips_ends(self) -> bool:

@@ -1,5 +1,6 @@
 """Tuning without a GPU: what is chosen, kept, refused and undone; kernels and clock are stubs."""
 
+import itertools
 import json
 import logging
 import multiprocessing
@@ -16,7 +17,7 @@ from flashfuse.kernels.configs import Config
 from flashfuse.kernels.spec import AttentionShape, ScoreProgram
 from flashfuse.options import Options
 
-KERNELS = ("forward", "dkdv", "dq", "table")
+KERNELS = ("forward", "dkdv", "dk", "dv", "dq", "table")
 HOPPER = 227 * 1024
 STATIC, SMALL, LARGE = Config(64, 64, 4, 3), Config(32, 64, 4, 2), Config(128, 128, 8, 3)
 CHOICES = [STATIC, SMALL, LARGE]
@@ -67,7 +68,10 @@ def files(tmp_path):
 @pytest.mark.parametrize("dim", [16, 64, 128, 256])
 def test_candidates_are_measured_configs_that_fit_and_the_tables_choice_comes_first(kernel, itemsize, dim):
     for capability, dropout, loads in ((9, False, ""), (8, True, ""), (10, False, "tiles")):
-        kind = configs.Kind(dim, itemsize, capability, dropout, False, loads, 1024)
+        of_site = (dropout, False, True, False, False, loads)
+        kind = configs.Kind(dim, itemsize, capability, capability == 9, *of_site)
+        if kernel in ("dk", "dv") and not configs.are_apart(kind):
+            continue
         static = configs.choose(kernel, kind)
         sizes = Sizes(dim, dim, itemsize, HOPPER, dropout)
         found = candidates(kernel, static, sizes)
@@ -79,15 +83,14 @@ def test_candidates_are_measured_configs_that_fit_and_the_tables_choice_comes_fi
 
 
 def test_every_choice_of_the_tables_is_among_what_was_measured():
-    for kernel in KERNELS:
-        for itemsize in (2, 4):
-            measured = configs.measured(kernel, itemsize)
-            for dim in (64, 128, 256):
-                for capability in (8, 9, 10):
-                    for dropout in (False, True):
-                        for loads in ("", "tiles", "scattered"):
-                            kind = configs.Kind(dim, itemsize, capability, dropout, True, loads, 8192)
-                            assert configs.choose(kernel, kind) in measured
+    flags = itertools.product((False, True), repeat=6)
+    loads = ("", "tiles", "scattered", "distances", "buckets", "line")
+    for kernel, size, dim, capability, of, load in itertools.product(
+        KERNELS, (2, 4), (64, 128, 256), (8, 9, 10), flags, loads
+    ):
+        kind = configs.Kind(dim, size, capability, of[0] and capability == 9, *of[1:], load)
+        if kernel not in ("dk", "dv") or configs.are_apart(kind):
+            assert configs.choose(kernel, kind) in configs.measured(kernel, size)
 
 
 def test_what_cannot_fit_is_not_compiled():
@@ -369,7 +372,7 @@ def stubs(monkeypatch):
         noted.timed += 1
         run()
         what = run.func.what
-        return 0.5 if (what.num_warps, what.num_stages) == noted.fastest[2:] else 1.0
+        return 0.5 if (what.num_warps, what.num_stages) == noted.fastest[2:4] else 1.0
 
     for module, calls in ((autotune, noted.trials), (launch, noted.others)):
         monkeypatch.setattr(module, "launch", launcher(calls))
@@ -484,6 +487,7 @@ def test_off_by_default(stubs, tmp_path):
     assert stubs.trials == [] and stubs.timed == 0 and files(tmp_path) == []
     untuned = dict(stubs.others)
     stubs.others.clear()
+    stubs.fastest = STATIC
     run_site(stubs, tune=True)
     assert dict(stubs.others) != untuned, "a tuned site is a site of its own"
 
@@ -494,7 +498,7 @@ def test_the_written_parameters_are_the_kernels():
 
     kernels = {
         "forward": forward.attention_forward,
-        "dkdv": backward.backward_dkdv,
+        **dict.fromkeys(("dkdv", "dk", "dv"), backward.backward_dkdv),
         "dq": backward.backward_dq,
         "table": tables.backward_table,
     }

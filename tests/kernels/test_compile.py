@@ -67,9 +67,12 @@ ALLOWED = {
 """The first and the table spill more and are still the fastest of all that were measured on an H100; the
 gather is the least found among tiles that use the tensor cores well; in the second, products cut at 32
 terms take more registers, which exactness in full float32 is worth, and so do the sums of dS in the last."""
-RUNS = [(name, 90) for name in SITES] + [
-    (name, c) for name in ("causal 128", "dropout 64", "sinks 64", "table 64") for c in (80, 100)
+FEW = ("causal 128", "dropout 64", "sinks 64", "table 64")
+RUNS = [(name, 90, "described") for name in SITES] + [
+    *((name, 90, "pointers") for name in (*FEW, "causal 256")),
+    *((name, c, "pointers") for name in FEW for c in (80, 100)),
 ]
+"""Long sequences on capability 9 read tiles by descriptors."""
 FEW_RUNS = [(name, 1, 90) for name in FEW_QUERIES] + [
     (name, q_len, c) for name in ("causal 128", "causal 256") for q_len, c in ((1, 80), (16, 90), (16, 100))
 ]
@@ -109,13 +112,26 @@ def compiled(monkeypatch, tmp_path):
     from flashfuse.kernels import block_map_triton, launch, triton_attention
 
     def run(
-        capability, text, dim=64, dtype=BF16, dropout_p=0.0, captures=(), length=256, q_len=None, aux=False
+        capability,
+        text,
+        dim=64,
+        dtype=BF16,
+        dropout_p=0.0,
+        captures=(),
+        length=256,
+        q_len=None,
+        aux=False,
+        tiles="pointers",
     ):
         found = []
+        fewest = 0 if tiles == "described" else 2**60
+        monkeypatch.setattr(triton_attention, "FEWEST_SCORES_DESCRIBED", fewest)
 
         def compile_only(what, *tensors):
-            options = {"num_warps": what.num_warps, "num_stages": what.num_stages, "enable_fp_fusion": True}
-            kernel = what.kernel.warmup(*tensors, *what.numbers, grid=(1,), **options)
+            options = {"num_warps": what.num_warps, "num_stages": what.num_stages, "maxnreg": what.registers}
+            given = launch.with_descriptors(what, tensors)
+            options["enable_fp_fusion"] = what.fuses
+            kernel = what.kernel.warmup(*given, *what.numbers, grid=(1,), **options)
             report = ptxas_report(kernel, capability, tmp_path)
             spilled = int(re.search(r"(\d+) bytes spill stores", report).group(1))
             found.append((what.kernel.fn.__name__, spilled, kernel.metadata.shared))
@@ -178,9 +194,9 @@ def check(kernels, name, capability):
         assert shared <= shared_limit, f"{kernel} needs {shared} bytes of shared memory"
 
 
-@pytest.mark.parametrize(("name", "capability"), RUNS)
-def test_compiles_without_spills(name, capability, compiled):
-    kernels = compiled(capability, **SITES[name])
+@pytest.mark.parametrize(("name", "capability", "tiles"), RUNS)
+def test_compiles_without_spills(name, capability, tiles, compiled):
+    kernels = compiled(capability, **SITES[name], tiles=tiles)
     assert {"attention_forward", "backward_dkdv", "backward_dq"} <= {kernel for kernel, *_ in kernels}
     check(kernels, name, capability)
 
@@ -197,10 +213,13 @@ def test_the_estimate_of_shared_memory_is_the_compilers(name, compiled):
     from flashfuse.kernels import autotune, configs
 
     dim = SITES[name]["dim"]
-    kinds = {"attention_forward": "forward", "backward_dkdv": "dkdv", "backward_dq": "dq"}
-    found = {kinds[kernel]: shared for kernel, _, shared in compiled(90, **SITES[name]) if kernel in kinds}
-    assert len(found) == 3
-    for kernel, shared in found.items():
-        config = configs.choose(kernel, configs.Kind(dim, 2, 9, False, False, "", 256))
+    kind = configs.Kind(dim, 2, 9, True, False, True, True, False, False, "")
+    apart = ["dk", "dv"] if configs.are_apart(kind) else ["dkdv"]
+    kernels = ["forward", "dq", *apart]
+    run = compiled(90, **SITES[name], tiles="described")
+    found = [(kernel, shared) for kernel, _, shared in run if kernel != "backward_prepare"]
+    assert len(found) == len(kernels) + 1, "and the block map"
+    for kernel, (_, shared) in zip(kernels, found[1:], strict=True):
+        config = configs.choose(kernel, kind)
         estimate, _ = autotune.needs(kernel, config, autotune.Sizes(dim, dim, 2, 0, False))
         assert abs(estimate - shared) <= 4096, (kernel, config)

@@ -230,6 +230,40 @@ for case in [
     case = Case(**case, grads=(0,), dims=(16, 16))
     attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
 """, 14),
+    # As in long sequences on capability 9: tiles by descriptors; dk and dv of wide heads one by one.
+    "described": ("""
+triton_attention.FEWEST_SCORES_DESCRIBED = 0
+triton_attention.SHORTEST_WITH_ENDS = 100
+run_launch, launched = launch.launch, {}
+def recorded(what, *tensors):
+    launched.setdefault(what.kernel.fn.__name__, []).append(what.descriptors)
+    return run_launch(what, *tensors)
+launch.launch = recorded
+
+def described(case):
+    launched.clear()
+    run_case(triton_attention, case, "cpu")
+    assert all(launched[name][0] for name in ("attention_forward", "backward_dq", "backward_dkdv"))
+    assert len(launched["backward_dkdv"]) == (2 if case.dims[0] > 128 or "uniform" in case.program else 1)
+
+def line(b, h, sq, skv):
+    return [torch.tensor([0.5, -0.1])[:h]]
+for case in [
+    dict(program="s*0.158 where kv <= q", sizes=(1, 6, 140, 133), kv_heads=2, dims=(40, 24)),
+    dict(program="s*0.158", sizes=(2, 2, 37, 150), kv_heads=2, layout="packed"),
+    dict(program="s*0.158 where kv <= q and pad[b, kv] else uniform", sizes=(2, 2, 33, 65), kv_heads=1,
+         captures=left_pad, dropout_p=0.2),
+    dict(program="s*0.1 where kv <= q + 30", sizes=(1, 2, 70, 150), dims=(136, 136), aux=True),
+    dict(program="s*0.1 + slope[h]*(kv - q)", sizes=(1, 2, 70, 150), dims=(136, 16), captures=line,
+         grads=(0,)),
+    dict(program="s*0.158 + slope[h]*(kv - q) where kv <= q", sizes=(1, 2, 140, 150), captures=line,
+         grads=(0,), dropout_p=0.2),
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1]", sizes=(1, 2, 33, 140), grads=(0,),
+         captures=lambda b, h, sq, skv: [torch.randn(h, sq + skv - 1)]),
+]:
+    case = Case(**{"dtype": torch.float16, **case})
+    attempt(str(case), lambda: described(case))
+""", 7),
     "few queries": ("""
 run_launch, launched = launch.launch, []
 def recorded(what, *tensors):
