@@ -261,10 +261,22 @@ def measure(problem: Problem, with_flex: bool) -> Measured:
 
 def warm_flex(problem: Problem) -> None:
     """Fill the compiler's disk cache, so that compilations run side by side."""
+    _once(problem, flex)
+
+
+def warm_ours(problem: Problem) -> None:
+    """The same of our kernels."""
+    n = problem.shape[2]
+    _once(problem, lambda problem, captures: ours(problem, captures, maps_of(problem, captures, n)))
+    equal(problem)
+
+
+def _once(problem: Problem, way: Callable[[Problem, Sequence[Tensor]], Way]) -> None:
+    """Forward and backward."""
     captures = [
         c.to(torch.bfloat16) if i in problem.grads else c
         for i, c in enumerate(problem.captures(problem.shape[2]))
     ]
     *leaves, do = tensors(problem.shape)
     leaves = [t.requires_grad_() for t in (*leaves, *(captures[i] for i in problem.grads))]
-    torch.autograd.grad(flex(problem, captures)(*leaves), leaves, do)
+    torch.autograd.grad(way(problem, captures)(*leaves), leaves, do)

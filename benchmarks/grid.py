@@ -1,14 +1,15 @@
 """The kernels over the grid of ``tests/kernel_grid.py``, against float64 under the rule.
 
-    python benchmarks/grid.py [--minutes 10] [--jobs 12] [--seed 0] [--part 0/1] [--out FILE]
+    python benchmarks/grid.py [--minutes 10] [--jobs 12] [--seed 0] [--part 0/1] [--described] [--out FILE]
     python benchmarks/grid.py --point "bf16,64,1000,same,3,padding,mean,bias,0.17"
     python benchmarks/grid.py --device cpu                      # the CPU variant, without a GPU
 
 First a covering array, in which any three values of different axes meet, then random points of the whole grid
 until the time is used.  Most of it goes into compiling: every job is a process that compiles its own points,
 on one of the GPUs, and points that share kernels go to one job.  ``--part i/n`` takes the i-th of n equal
-parts of both, so that the whole can be run in pieces.  A point that fails, hangs or takes its process down is
-a line in the result.
+parts of both, so that the whole can be run in pieces.  ``--described``: tiles come by descriptors at every
+size, not only at large ones, where the device has a tensor memory accelerator.  A point that fails, hangs or
+takes its process down is a line in the result.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ LONGEST_S = 300
 """A point that takes longer is given up."""
 GRACE_S = 60
 """For what is running when the time is used."""
+DESCRIBED = "FLASHFUSE_GRID_DESCRIBED"
+"""Set for the jobs of a run with ``--described``."""
 KEPT_BYTES = 4 << 30
 """GPU memory that a job may keep between points."""
 
@@ -60,6 +63,10 @@ def setup(device: str) -> tuple[Any, Any, Any]:
 
     grids = load()
     on_gpu = device == "cuda"
+    if os.environ.get(DESCRIBED):
+        from flashfuse.kernels import triton_attention
+
+        triton_attention.FEWEST_SCORES_DESCRIBED = 0
     return grids, grids.FULL if on_gpu else grids.CPU, dispatch.implementation("triton" if on_gpu else "cpu")
 
 
@@ -316,10 +323,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 12))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N")
+    parser.add_argument("--described", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--point", action="append", help="run this one here, and show what is compared")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "grid.md")
     options = parser.parse_args()
+    if options.described:
+        os.environ[DESCRIBED] = "1"
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no cuda device; --device cpu runs the CPU variant")
     if options.point:

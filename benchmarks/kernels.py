@@ -1,6 +1,6 @@
 """Attention kernels side by side on a GPU: ours, FlashAttention-2 and cuDNN through SDPA, FlexAttention.
 
-    python benchmarks/kernels.py [--no-flex] [--only SECTION ...] [--out FILE]
+    python benchmarks/kernels.py [--no-flex] [--only SECTION ...] [--jobs 12] [--out FILE]
 
 Everything in one run, bfloat16, rounds interleaved, medians.  TFLOP/s counts 4·B·H·N²·D operations of what
 the mask leaves (half of them under a causal mask) forward, and 2.5 times as many backward.  A row whose
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention_ways import ROUNDS, Measured, Problem, Way, elapsed_ms, measure, warm_flex
+from attention_ways import ROUNDS, Measured, Problem, Way, elapsed_ms, measure, warm_flex, warm_ours
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -374,8 +374,9 @@ def tables(found: dict[str, list[Measured]], dense: Measured | None, decode: dic
     return lines
 
 
-def _warm(at: tuple[str, int]) -> None:
-    warm_flex(SECTIONS[at[0]][at[1]])
+def _warm(at: tuple[str, int, bool]) -> None:
+    section, i, of_flex = at
+    (warm_flex if of_flex else warm_ours)(SECTIONS[section][i])
 
 
 def main() -> None:
@@ -384,6 +385,7 @@ def main() -> None:
     )
     known = [*SECTIONS, "decode"]
     parser.add_argument("--no-flex", action="store_true")
+    parser.add_argument("--jobs", type=int, default=12, help="processes that compile at first")
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="SECTION")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.md")
     options = parser.parse_args()
@@ -393,10 +395,11 @@ def main() -> None:
     name = torch.cuda.get_device_properties(0).name
     machine = f"{name}, torch {torch.__version__}, triton {triton.__version__}"
     chosen = {name: rows for name, rows in SECTIONS.items() if name in options.only}
-    if not options.no_flex:
-        jobs = [(s, i) for s, rows in chosen.items() for i, p in enumerate(rows) if p.flex is not None]
-        with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-            list(pool.map(_warm, jobs))
+    rows = [(s, i, p.flex is not None) for s, problems in chosen.items() for i, p in enumerate(problems)]
+    jobs = [(s, i, False) for s, i, _ in rows]
+    jobs += [(s, i, True) for s, i, has_flex in rows if has_flex and not options.no_flex]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_warm, jobs))
     # What sparse rows are compared with.
     dense = None
     if {"sparse", "density"} & chosen.keys():

@@ -2,6 +2,7 @@
 
     python benchmarks/models.py                    # the workloads for this machine
     python benchmarks/models.py gpt2-train-16x1024 # one of them
+    python benchmarks/models.py --compile          # fills the compilers' caches, side by side; times nothing
 
 Unmodified Transformers code with random weights.  Every workload first checks flashfuse's outputs
 against the rewritten graph's rule (``flashfuse.verify``) at a small size of the same model, then times
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -177,11 +179,7 @@ def run(work: Workload, rounds: int, ways: tuple[str, ...]) -> Bench:
     model = model.to(work.dtype).train(work.train)
     equal = _equal(model, work, device)
     inputs = work.inputs(device)
-    steps: dict[str, Callable[[], object]] = {}
-    for way in ways:
-        attention = {"sdpa": "sdpa", "flex": "flex_attention"}.get(way.split()[0], "eager")
-        backend = "flashfuse" if way == "flashfuse" else "inductor" if "compile" in way else None
-        steps[way] = _step(_twin(model, attention), backend, inputs, work.train)
+    steps = {way: _step(model, way, inputs, work.train) for way in ways}
     flashfuse.clear_reports()
     budget = 240.0 if device.type == "cpu" else 60.0
     rows = measure(
@@ -198,6 +196,18 @@ def run(work: Workload, rounds: int, ways: tuple[str, ...]) -> Bench:
         equal,
         tuple(notes),
     )
+
+
+def compile_only(work: Workload) -> None:
+    """One step of every way that compiles something."""
+    device = torch.device(work.device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = work.build()
+    model = model.to(work.dtype).train(work.train)
+    for way in work.ways:
+        if way not in ("eager", "sdpa"):
+            _step(model, way, work.inputs(device), work.train)()
 
 
 def _variants(reports: tuple[flashfuse.Report, ...]) -> str:
@@ -228,9 +238,9 @@ def _twin(model: torch.nn.Module, attention: str) -> torch.nn.Module:
     return twin
 
 
-def _step(
-    model: torch.nn.Module, backend: str | None, inputs: Mapping[str, Any], train: bool
-) -> Callable[[], object]:
+def _step(model: torch.nn.Module, way: str, inputs: Mapping[str, Any], train: bool) -> Callable[[], object]:
+    model = _twin(model, {"sdpa": "sdpa", "flex": "flex_attention"}.get(way.split()[0], "eager"))
+    backend = "flashfuse" if way == "flashfuse" else "inductor" if "compile" in way else None
     if not train:
         compiled = torch.compile(model, backend=backend) if backend else model
 
@@ -259,6 +269,7 @@ def main() -> int:
     parser.add_argument("workloads", nargs="*", help="default: those of this machine's device")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ways", help="comma-separated, default all")
+    parser.add_argument("--compile", action="store_true", help="fill the compilers' caches only")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -267,6 +278,12 @@ def main() -> int:
     if unknown or not chosen:
         parser.error(f"unknown workload {', '.join(unknown)}; known: {', '.join(w.name for w in WORKLOADS)}")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    if args.compile and len(chosen) > 1:
+        command = [sys.executable, __file__, "--compile"]
+        return max(p.wait() for p in [subprocess.Popen([*command, work.name]) for work in chosen])
+    if args.compile:
+        compile_only(chosen[0])
+        return 0
     for work in chosen:
         ways = tuple(args.ways.split(",")) if args.ways else work.ways
         print(f"{work.name}", file=sys.stderr, flush=True)

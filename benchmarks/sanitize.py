@@ -1,9 +1,10 @@
 """A dozen points of the grid, forward and backward, in one process: something to run under a sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
-    compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+    compute-sanitizer --tool racecheck python benchmarks/sanitize.py [--described]
 
 Every value of every axis is in it, at lengths that a sanitizer can bear, and few queries against many keys.
+``--described``: tiles come by descriptors, as they do at larger sizes.
 Exits with 1 if a result is outside the rule; the sanitizer says the rest.
 """
 
@@ -11,16 +12,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 
 import torch
-from grid import run_point, setup
+from grid import DESCRIBED, run_point, setup
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = parser.parse_args().device
+    parser.add_argument("--described", action="store_true")
+    options = parser.parse_args()
+    device = options.device
+    if options.described:
+        os.environ[DESCRIBED] = "1"
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("no cuda device")
     _, grid, _ = setup(device)
