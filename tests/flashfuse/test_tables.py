@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerance import holds
 from torch import nn
 
 import flashfuse
@@ -75,10 +76,13 @@ def program_of(build, inputs) -> tuple[list[torch.Tensor], list[str]]:
 
 @pytest.mark.parametrize(("build", "inputs"), [(mpnet, text), (deberta, text), (swin, image)])
 def test_equal_with_gradients(build, inputs):
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    check = flashfuse.verify(build().eval(), **inputs(), backward=True)
-    assert check.ok, str(check)
+    def check(seed):
+        torch._dynamo.reset()
+        torch.manual_seed(seed)
+        check = flashfuse.verify(build().eval(), **inputs(), backward=True)
+        assert check.ok, str(check)
+
+    holds(check)
 
 
 def test_a_bias_of_distances_is_a_table():
