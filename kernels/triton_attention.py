@@ -316,8 +316,12 @@ class _Site:
         return Launch(kernel, programs, numbers, warps, stages, registers, fuses, descriptors)
 
     def rows(self, t: Tensor, position: int) -> Tensor:
-        """``t`` as the kernels read it: copied if its layout does not fit."""
-        return t if self.fits[position] else t.contiguous()
+        """``t`` as the kernels read it: copied if its layout, or for a descriptor its address, is not fit."""
+        if not self.fits[position]:
+            return t.contiguous()
+        if self.describes and not is_aligned(t):
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+        return t
 
     def maps(
         self, given: Sequence[Tensor], captures: Sequence[Tensor], ints: Sequence[int], device: torch.device

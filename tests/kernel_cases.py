@@ -244,4 +244,9 @@ def _tensor(shape: tuple[int, ...], case: Case, device: str) -> Tensor:
     if case.layout == "packed":
         # A slice of a fused qkv projection: rows are further apart than they are long.
         return torch.randn(b, s, 3, h, d, device=device).to(case.dtype)[:, :, 1].transpose(1, 2)
+    if case.layout == "offset":
+        # Behind one element more, so that no address is a multiple of 16 bytes.
+        return (
+            torch.randn(b * s * h * d + 1, device=device).to(case.dtype)[1:].view(b, s, h, d).transpose(1, 2)
+        )
     return torch.randn(b, h, s, d, device=device).to(case.dtype)

@@ -237,6 +237,7 @@ triton_attention.SHORTEST_WITH_ENDS = 100
 run_launch, launched = launch.launch, {}
 def recorded(what, *tensors):
     launched.setdefault(what.kernel.fn.__name__, []).append(what.descriptors)
+    assert all(tensors[place].data_ptr() % 16 == 0 for place, _ in what.descriptors)
     return run_launch(what, *tensors)
 launch.launch = recorded
 
@@ -251,6 +252,7 @@ def line(b, h, sq, skv):
 for case in [
     dict(program="s*0.158 where kv <= q", sizes=(1, 6, 140, 133), kv_heads=2, dims=(40, 24)),
     dict(program="s*0.158", sizes=(2, 2, 37, 150), kv_heads=2, layout="packed"),
+    dict(program="s*0.158 where kv <= q", sizes=(1, 2, 37, 50), kv_heads=2, layout="offset"),
     dict(program="s*0.158 where kv <= q and pad[b, kv] else uniform", sizes=(2, 2, 33, 65), kv_heads=1,
          captures=left_pad, dropout_p=0.2),
     dict(program="s*0.1 where kv <= q + 30", sizes=(1, 2, 70, 150), dims=(136, 136), aux=True),
@@ -263,7 +265,7 @@ for case in [
 ]:
     case = Case(**{"dtype": torch.float16, **case})
     attempt(str(case), lambda: described(case))
-""", 7),
+""", 8),
     "few queries": ("""
 run_launch, launched = launch.launch, []
 def recorded(what, *tensors):
