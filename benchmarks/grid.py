@@ -64,9 +64,9 @@ def setup(device: str) -> tuple[Any, Any, Any]:
     grids = load()
     on_gpu = device == "cuda"
     if os.environ.get(DESCRIBED):
-        from flashfuse.kernels import triton_attention
+        from flashfuse.kernels import triton_site
 
-        triton_attention.FEWEST_SCORES_DESCRIBED = 0
+        triton_site.FEWEST_SCORES_DESCRIBED = 0
     return grids, grids.FULL if on_gpu else grids.CPU, dispatch.implementation("triton" if on_gpu else "cpu")
 
 

@@ -109,7 +109,7 @@ def ptxas_report(kernel, capability, folder):
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """A function that compiles a site's kernels for a capability: [(name, spilled bytes, shared bytes)]."""
-    from flashfuse.kernels import block_map_triton, launch, triton_attention
+    from flashfuse.kernels import block_map_triton, launch, triton_attention, triton_site
 
     def run(
         capability,
@@ -125,7 +125,7 @@ def compiled(monkeypatch, tmp_path):
     ):
         found = []
         fewest = 0 if tiles == "described" else 2**60
-        monkeypatch.setattr(triton_attention, "FEWEST_SCORES_DESCRIBED", fewest)
+        monkeypatch.setattr(triton_site, "FEWEST_SCORES_DESCRIBED", fewest)
 
         def compile_only(what, *tensors):
             options = {"num_warps": what.num_warps, "num_stages": what.num_stages, "maxnreg": what.registers}
@@ -141,7 +141,7 @@ def compiled(monkeypatch, tmp_path):
         monkeypatch.setattr(launch, "launch", compile_only)
         monkeypatch.setattr(triton_attention, "launch", compile_only)
         # The capability that the config table sees, and nothing compiled before for another.
-        monkeypatch.setattr(triton_attention, "_major_capability", lambda device: capability // 10)
+        monkeypatch.setattr(triton_site, "_major_capability", lambda device: capability // 10)
         triton_attention._SITES.clear()
         block_map_triton._plan.cache_clear()
         for function in _jit_functions():

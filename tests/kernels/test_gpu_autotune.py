@@ -39,7 +39,7 @@ table = torch.randn(4, 999, device="cuda", dtype=torch.bfloat16)
 site = ([table], (), (), None, ScoreProgram.parse({TABLE!r}), 0.0)
 out, lse = tuned.forward(q, k, v, *site)
 tuned.backward(do, q, k, v, out, lse, *site, (0,))
-print(sorted(autotune._known.values()))
+print(sorted(autotune._known.values(), key=str))
 """
 
 
@@ -60,7 +60,7 @@ def test_a_tuned_site_is_equal_under_rule_and_the_next_process_reads_what_was_fo
     found = [json.loads(text) for text in stored.values()]
     assert sorted(f["key"]["kernel"] for f in found) == ["dkdv", "dq", "forward", "table"]
     run = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == str(sorted(autotune.Config(**f["config"]) for f in found))
+    assert run.stdout.strip() == str(sorted((autotune.Config(**f["config"]) for f in found), key=str))
     assert {path: path.read_text() for path in tmp_path.iterdir()} == stored
 
 
@@ -98,6 +98,7 @@ CASES = [
     site("tanh(s*0.02)*20.0 where kv <= q and kv > q - 100", dim=128),
     site(TABLE, captures=tables, grads=(0,), dropout_p=0.1),
     site("s*0.158", dim=40, dtype=F32),
+    site("s*0.07 where kv <= q", dim=192),
 ]
 
 
@@ -106,10 +107,13 @@ CASES = [
 def test_every_candidate_is_equal_under_rule(monkeypatch, case, kernel):
     from triton.runtime.errors import OutOfResources
 
-    from flashfuse.kernels import triton_attention
+    from flashfuse.kernels import triton_attention, triton_site
 
     if kernel == "table" and not case.grads:
         pytest.skip("no table")
+    apart = max(case.dims) > 128 and torch.cuda.get_device_capability()[0] == 9
+    if kernel in (("dkdv",) if apart else ("dk", "dv")):
+        pytest.skip("dk and dv are kernels of their own" if apart else "one kernel for dk and dv")
     choices = []
     position = 0
 
@@ -121,7 +125,7 @@ def test_every_candidate_is_equal_under_rule(monkeypatch, case, kernel):
         choices[:] = autotune.candidates(name, self.config(name), sizes)
         return make(config=choices[position])
 
-    monkeypatch.setattr(triton_attention._Site, "tuned", tuned)
+    monkeypatch.setattr(triton_site.Site, "tuned", tuned)
     implementation = dispatch.implementation("triton_tuned")
     while position == 0 or position < len(choices):
         triton_attention._SITES.clear()

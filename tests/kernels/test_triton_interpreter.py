@@ -106,7 +106,7 @@ import json, sys, torch
 sys.path.insert(0, sys.argv[1])
 sys.path.insert(0, sys.argv[1] + "/kernels")
 from kernel_cases import *
-from flashfuse.kernels import block_map, block_map_triton, decode, launch, triton_attention
+from flashfuse.kernels import block_map, block_map_triton, decode, launch, triton_attention, triton_site
 from flashfuse.kernels.spec import ScoreProgram
 from test_block_map import EXACT, CONSERVATIVE, captures_of, states_of
 
@@ -175,7 +175,7 @@ for text in ("s*0.25", "s*0.25 where kv <= q", "tanh(s*0.05)*4.0 + e[h]"):
 """, 3),
     # A table that is one number in front and behind: tiles that lie there read one.
     "ends": ("""
-triton_attention.SHORTEST_WITH_ENDS = 100
+triton_site.SHORTEST_WITH_ENDS = 100
 expected = torch.tensor([[2, 5], [7, 0], [0, 2], [3, 4], [-1, 8]], dtype=torch.int32)
 nan = float("nan")
 rows = torch.tensor([[1, 1, 1, 2, 3, 4, 4, 4], [5] * 8, [1, 2, 3, 3, 3, 3, 3, 3], [0, 0, 0, 0, 1, 1, 1, 1],
@@ -232,8 +232,8 @@ for case in [
 """, 14),
     # As in long sequences on capability 9: tiles by descriptors; dk and dv of wide heads one by one.
     "described": ("""
-triton_attention.FEWEST_SCORES_DESCRIBED = 0
-triton_attention.SHORTEST_WITH_ENDS = 100
+triton_site.FEWEST_SCORES_DESCRIBED = 0
+triton_site.SHORTEST_WITH_ENDS = 100
 run_launch, launched = launch.launch, {}
 def recorded(what, *tensors):
     launched.setdefault(what.kernel.fn.__name__, []).append(what.descriptors)

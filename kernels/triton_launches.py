@@ -1,0 +1,224 @@
+"""The launches of a site's kernels: the numbers and constexprs that follow each one's tensors.
+
+A config that is given, by a trial of ``autotune``, stands for the tables'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from flashfuse.kernels import backward as backward_kernels
+from flashfuse.kernels import configs, decode, dropout, tables
+from flashfuse.kernels.forward import attention_forward, descriptor_of
+from flashfuse.kernels.launch import Launch
+from flashfuse.kernels.layout import map_strides, padded, strides_of
+from flashfuse.kernels.ops import BLOCK
+from flashfuse.kernels.spec import SCORES_ONLY
+from flashfuse.kernels.triton_site import Site, processors
+
+
+def _descriptors(site: Site, rows: int, *places: int) -> tuple[tuple[int, Callable[[Tensor], Any]], ...]:
+    """Of q, k, v or do, by their places: what makes descriptors for tiles of so many rows."""
+    if not site.describes:
+        return ()
+    like = [(i, site.like[i]) for i in places]
+    return tuple((i, descriptor_of(t.shape, t.stride(), rows, padded(t.shape[3]))) for i, t in like)
+
+
+def _launch(
+    site: Site,
+    kernel: Any,
+    programs: int,
+    numbers: tuple[Any, ...],
+    config: configs.Config,
+    descriptors: tuple[tuple[int, Callable[[Tensor], Any]], ...] = (),
+) -> Launch:
+    # In full float32 all kernels must round scores alike, or the dS of a row do not sum to 0; which
+    # product becomes one with a sum depends on what the compiler sees around it.
+    fuses = site.precision != "ieee"
+    _, _, warps, stages, registers = config
+    return Launch(kernel, programs, numbers, warps, stages, registers, fuses, descriptors)
+
+
+def of_forward(site: Site, kv_map: Tensor | None, config: configs.Config | None = None) -> Launch:
+    code = site.code
+    config = config or site.config("forward")
+    numbers = (
+        *(site.nums, *site.strides[0], *site.strides[1], *site.strides[2], *site.out_strides),
+        *(*site.lengths, *map_strides(kv_map), *site.drop),
+        *(code.score, code.mask, code.sink, *site.end_functions, site.scale, code.folded, *site.dims),
+        *(BLOCK, site.even, site.dropout, site.dead, site.precision, config.bm, config.bn),
+    )
+    programs = -(-site.q_len // config.bm) * site.batch * site.heads
+    return _launch(site, attention_forward, programs, numbers, config, _descriptors(site, config.bn, 1, 2))
+
+
+def of_split(site: Site, kv_map: Tensor | None) -> Launch:
+    code = site.code
+    config = site.decode_config()
+    numbers = (
+        *(site.nums, *site.strides[0], *site.strides[1], *site.strides[2], *site.lengths),
+        *(*map_strides(kv_map)[:2], site.splits),
+        *(code.score, code.mask, site.scale, code.folded, *site.dims, BLOCK),
+        *(site.precision, config.bm, config.bn),
+    )
+    programs = site.decode_tiles() * site.splits
+    return _launch(site, decode.decode_split, programs, numbers, config)
+
+
+def of_combine(site: Site) -> Launch:
+    code = site.code
+    numbers = (
+        *(site.nums, *site.strides[2], *site.out_strides, *site.lengths, site.splits),
+        *(code.sink, code.scale is not None or code.folded, site.v_dim, site.dv_pad, site.dead),
+        *(decode.MAX_SPLITS, 16),
+    )
+    return Launch(decode.decode_combine, site.batch * site.heads * site.q_len, numbers)
+
+
+def of_dead_rows(site: Site) -> Launch:
+    config = site.config("dq")
+    numbers = (
+        *(*site.strides[2], *site.out_strides, *site.lengths, *site.drop),
+        *(site.v_dim, site.dv_pad, site.precision, config.bm, config.bn),
+    )
+    programs = -(-site.q_len // config.bm) * site.batch * site.heads
+    return Launch(dropout.dead_rows_out, programs, numbers, config.warps)
+
+
+def of_prepare(site: Site) -> Launch:
+    bm = 64
+    numbers = (
+        *(*site.strides[4], *site.strides[3], site.heads, site.q_len),
+        *(site.v_dim, site.dv_pad, site.code.folded, bm),
+    )
+    programs = -(-site.q_len // bm) * site.batch * site.heads
+    return Launch(backward_kernels.backward_prepare, programs, numbers)
+
+
+def of_rows(site: Site) -> Launch:
+    code = site.code
+    config = site.config("dq")
+    numbers = (
+        *(site.nums, *site.four_strides, *site.lengths, *site.drop),
+        *(code.score, code.mask, code.sink, site.scale, code.folded),
+        *(site.sums_rows_exactly, site.config("dk").bm if site.end_functions[2] else None, *site.dims),
+        *(site.dropout, site.precision, config.bm, config.bn),
+    )
+    programs = -(-site.q_len // config.bm) * site.batch * site.heads
+    kernel = backward_kernels.backward_rows
+    return _launch(site, kernel, programs, numbers, config._replace(stages=1, registers=None))
+
+
+def of_dkdv(
+    site: Site,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    q_map: Tensor | None,
+    uniform: bool = False,
+    config: configs.Config | None = None,
+) -> Launch:
+    code = site.code
+    config = config or site.config("dv" if dk is None else "dk" if dv is None else "dkdv")
+    numbers = (
+        *(site.nums, *site.four_strides, *strides_of(dk), *strides_of(dv)),
+        *(*strides_of(extra_k), *strides_of(extra_v), *site.lengths, *map_strides(q_map)),
+        *(
+            *site.drop,
+            site.dscale,
+            code.score,
+            None if uniform else code.mask,
+            code.dscore,
+            *((None, None, False) if uniform else site.end_functions),
+            site.scale,
+        ),
+        *(code.folded, *site.dims, BLOCK, site.even, site.dropout, site.precision, uniform),
+        *(config.bm, config.bn),
+    )
+    programs = -(-site.kv_len // config.bn) * site.batch * site.kv_heads
+    if uniform:
+        config = config._replace(stages=1, registers=None)
+    kernel = backward_kernels.backward_dkdv
+    return _launch(site, kernel, programs, numbers, config, _descriptors(site, config.bm, 0, 3))
+
+
+def of_dq(
+    site: Site, dq: Tensor, kv_map: Tensor | None, uniform: bool, config: configs.Config | None = None
+) -> Launch:
+    code = site.code
+    config = config or site.config("dq")
+    accumulate = code.accumulate
+    if site.is_constant or (uniform and site.program.dead_rows in SCORES_ONLY):
+        accumulate = None
+    elif site.sums_diagonals and not uniform:
+        assert code.table is not None
+        accumulate = code.table.others
+    of_ends: tuple[Any, Any, int | None] = (None, None, None)
+    if site.skips_ends and not uniform:
+        assert code.table is not None
+        of_ends = (code.table.add, code.table.slope, site.config("table").bm)
+    numbers = (
+        *(
+            site.nums,
+            site.gnums,
+            *site.four_strides,
+            *strides_of(dq),
+            *site.lengths,
+            *map_strides(kv_map),
+        ),
+        *(*site.drop, site.dscale, code.score, None if uniform else code.mask, code.dscore, accumulate),
+        *(
+            *((None, None, False) if uniform else site.end_functions),
+            *of_ends,
+            site.scale,
+            code.folded,
+            *site.dims,
+            BLOCK,
+            site.even,
+            site.dropout,
+            site.precision,
+            uniform,
+            site.refines and not uniform,
+        ),
+        *(config.bm, config.bn),
+    )
+    programs = -(-site.q_len // config.bm) * site.batch * site.heads
+    kernel = backward_kernels.backward_dq
+    return _launch(site, kernel, programs, numbers, config, _descriptors(site, config.bn, 1, 2))
+
+
+def of_table(site: Site, config: configs.Config | None = None) -> Launch:
+    code, table = site.code, site.code.table
+    assert table is not None
+    config = config or site.config("table")
+    diagonals = -(-site.q_len // config.bm) + -(-site.kv_len // config.bm) - 1
+    enough = 8 * processors(site.device)
+    # Few diagonals lie between the ends.
+    busy = min(diagonals, 8) if site.skips_ends else diagonals
+    tiles = site.batch * min(-(-site.q_len // config.bm), -(-site.kv_len // config.bm))
+    parts = site.batch if table.uses_b else min(tiles, -(-enough // (site.heads * busy)))
+    numbers = (
+        *(site.nums, site.gnums, *site.four_strides, site.batch, *site.lengths, parts, *site.drop),
+        *(
+            code.score,
+            code.mask,
+            table.slope,
+            table.add,
+            table.reach,
+            table.reach_is_mask,
+            *site.end_functions[:2],
+            site.skips_ends,
+            site.scale,
+            code.folded,
+            *site.dims,
+        ),
+        *(site.even, site.dropout, site.precision, config.bm),
+    )
+    programs = site.heads * parts * diagonals
+    kernel = tables.backward_table
+    return _launch(site, kernel, programs, numbers, config, _descriptors(site, config.bm, 0, 1, 2, 3))

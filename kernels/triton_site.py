@@ -1,0 +1,297 @@
+"""A site of the Triton variant: what its kernels are told that does not depend on the tensors' contents.
+
+Sizes, strides, generated code and tiles are worked out once and kept, so that a call is a look-up, the
+allocations and the launches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashfuse.kernels import autotune, block_map, configs, decode, tables
+from flashfuse.kernels.codegen import LOG2E, Generated, generate
+from flashfuse.kernels.device_math import is_interpreted
+from flashfuse.kernels.expr import walk
+from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO
+from flashfuse.kernels.interval import needs_elements
+from flashfuse.kernels.launch import Launch, Launches
+from flashfuse.kernels.layout import bshd, fits, is_aligned, is_describable, padded, strides_of, typed
+from flashfuse.kernels.ops import BLOCK
+from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, ScoreProgram, differentiable_loads
+
+FEWEST_SCORES_DESCRIBED = 2**24
+"""From which on the tensor memory accelerator brings tiles: its descriptors cost the host microseconds."""
+SHORTEST_WITH_ENDS = 512
+"""Keys, from which on tiles are looked for in which a table of distances is one number."""
+
+
+class Site:
+    """What forward and backward need to know of a site, and the launches that they have made."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        captures: Sequence[Tensor],
+        ints: Sequence[int],
+        program: ScoreProgram,
+        dropout_p: float,
+        wanted: tuple[int, ...],
+        with_dlse: bool,
+        tune: bool,
+    ) -> None:
+        q, k, v = tensors[:3]
+        self.with_dlse = with_dlse
+        self.device = q.device
+        self.batch, self.heads, self.q_len, self.dim = q.shape
+        self.kv_heads, self.kv_len, self.v_dim = k.shape[1], k.shape[2], v.shape[3]
+        self.is_empty = 0 in (self.batch, self.heads, self.q_len, self.kv_len)
+        self.group = self.heads // self.kv_heads if self.kv_heads else 1
+        self.program = program
+        if program.mask is not None and program.mask.is_const and program.mask.value:
+            self.program = dataclasses.replace(program, mask=None)
+        self.d_pad, self.dv_pad = padded(self.dim), padded(self.v_dim)
+        self.even = self.q_len % BLOCK == 0 and self.kv_len % BLOCK == 0
+        self.dropout = dropout_p > 0
+        self.threshold = threshold(dropout_p)
+        self.drop_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+        self.precision = _precision(q.dtype)
+        self.dtype, self.itemsize = q.dtype, q.element_size()
+        self.averages = program.dead_rows in AVERAGING
+        # "mean" without dropout has a closed form; otherwise dead rows take a pass of their own.
+        self.uniform = program.dead_rows in REACHING
+        self.fits = [fits(t) for t in tensors]
+        # What a call's tensors are like once they fit; no memory of theirs is kept.
+        meta = [torch.empty_strided(t.shape, t.stride(), device="meta") for t in tensors]
+        self.like = [t if fit else t.contiguous() for t, fit in zip(meta, self.fits, strict=True)]
+        self.layouts = [bshd(sizes) for sizes in (q.shape, k.shape, v.shape, (*q.shape[:3], self.v_dim))]
+        self.layout_of_rows = q.shape[:3], (self.heads * self.q_len, self.q_len, 1)
+        self.strides = [strides_of(t) for t in self.like]
+        types, numbers = typed(captures)
+        self.nums = (*(n for s in numbers for n in s), *ints)
+        of_score = differentiable_loads(program.score)
+        of_sink = frozenset() if program.sink is None else differentiable_loads(program.sink)
+        self.of_sink = tuple(i for i in wanted if program.captures[i] in of_sink)
+        self.of_score = tuple(i for i in wanted if program.captures[i] not in of_sink - of_score)
+        buffers = [torch.empty(captures[i].shape, device="meta") for i in self.of_score]
+        buffer_types, buffer_numbers = typed(buffers)
+        self.gnums = tuple(n for s in buffer_numbers for n in s)
+        grads = tuple(zip(self.of_score, buffer_types, strict=True))
+        approximate = self.itemsize == 2 and not is_interpreted()
+        self.code: Generated = generate(self.program, types, grads, self.precision != "ieee", approximate)
+        self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
+        self.launches = Launches(self.tuned if tune else None)
+        self.capability = _major_capability(q.device)
+        self.describes = (
+            self.capability == 9
+            and self.itemsize == 2
+            and self.batch * self.heads * self.q_len * self.kv_len >= FEWEST_SCORES_DESCRIBED
+            and all(map(is_describable, self.like))
+        )
+        self.dk_and_dv_apart = configs.are_apart(self.kind())
+        # Heads that share a tile must share the lists of blocks.
+        self.shares_map = self.group == 1 or "h" not in self.program.mask_variables
+        self.splits = 0 if self.is_empty else self._splits(q.device)
+
+    def rows(self, t: Tensor, position: int) -> Tensor:
+        """``t`` as the kernels read it: copied if its layout, or for a descriptor its address, is not fit."""
+        if not self.fits[position]:
+            return t.contiguous()
+        if self.describes and not is_aligned(t):
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+        return t
+
+    def maps(
+        self, given: Sequence[Tensor], captures: Sequence[Tensor], ints: Sequence[int], device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(kv_map, q_map), built here if none came and the program has a mask."""
+        if self.program.mask is None:
+            return None, None
+        if given:
+            return given[0], given[1]
+        mask = self.program.mask_program
+        tensors = dict(zip(self.program.captures, captures, strict=True))
+        numbers = dict(zip(self.program.ints, ints, strict=True))
+        sizes = (self.batch, self.heads, self.q_len, self.kv_len)
+        return block_map.build(
+            [tensors[n] for n in mask.captures], [numbers[n] for n in mask.ints], device, sizes, mask
+        )
+
+    def config(self, kernel: str) -> configs.Config:
+        return configs.choose(kernel, self.kind())
+
+    def kind(self) -> configs.Kind:
+        mask = self.program.mask
+        return configs.Kind(
+            head_dim=max(self.d_pad, self.dv_pad),
+            itemsize=self.itemsize,
+            capability=self.capability,
+            describes=self.describes,
+            dropout=self.dropout,
+            plain=self.code.scale is not None,
+            masked=mask is not None,
+            mask_loads=mask is not None and any(node.op == "load" for node in walk(mask)),
+            by_key=self.code.by_key,
+            loads=self.code.loads or ("mask" if mask is not None and needs_elements(mask) else ""),
+        )
+
+    def tuned(self, name: Hashable, make: Callable[..., Launch], tensors: tuple[Any, ...]) -> Launch:
+        """The launch ``name`` with the tiles that are the fastest on ``tensors``."""
+        if not isinstance(name, str) or name not in autotune.WRITTEN:
+            return make()
+        shared = autotune.shared_memory(self.device)
+        sizes = autotune.Sizes(self.d_pad, self.dv_pad, self.itemsize, shared, self.dropout)
+        static = self.config(name)
+        choices = autotune.candidates(name, static, sizes)
+        if (name in ("dkdv", "dk", "dv") and self.end_functions[2]) or (name == "table" and self.skips_ends):
+            # Another kernel has worked with these tiles.
+            choices = [c for c in choices if c.bm == static.bm]
+        elif name == "dq" and self.skips_ends:
+            choices = [c for c in choices if c.bn <= self.config("table").bm]
+        bench = autotune.Bench(name, make, tensors)
+        alike = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "dims": [self.dim, self.v_dim],
+            "heads": autotune.bucket(self.batch * self.heads),
+            "group": self.group,
+            "lengths": [autotune.bucket(self.q_len), autotune.bucket(self.kv_len)],
+        }
+        key = {**bench.key(), "sizes": alike}
+        return make(config=autotune.best(key, self.device, choices, bench))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.heads, self.group, self.q_len, self.kv_len
+
+    @property
+    def drop(self) -> tuple[int, float]:
+        return self.threshold, self.drop_scale
+
+    @property
+    def end_functions(self) -> tuple[Any, float | None, bool]:
+        """``Ends.of_row``, the slope of the score and ``Ends.is_line``, where tiles may lie in ends."""
+        if self.code.ends is None or self.kv_len < SHORTEST_WITH_ENDS:
+            return None, None, False
+        if self.code.ends.is_line and self.itemsize != 2:
+            # Far from the first key the row's part has roundings that show beside 32-bit numbers.
+            return None, None, False
+        return self.code.ends.of_row, self.code.dscale, self.code.ends.is_line
+
+    def ends(self, captures: Sequence[Tensor], aligned: bool) -> Tensor | None:
+        """[rows, 2] int32: up to which index, and from which on, each row of the table is one number."""
+        found = self.code.ends
+        if self.end_functions[0] is None or found is None or found.capture is None:
+            return None
+        table = captures[found.capture]
+        table = table if table.ndim == 2 else table[None]
+        rows, values = len(table), None
+        strides: tuple[int, ...] = (0, 0)
+        if found.values is not None:
+            values = captures[found.values].movedim(found.axis, -1)
+            values = values if values.ndim == 2 else values[None]
+            rows, strides = len(values), values.stride()
+        ends = table.new_empty((rows, 2), dtype=torch.int32)
+
+        def make() -> Launch:
+            steps = (table.stride(0) if values is None else 0, table.stride(1))
+            return Launch(tables.table_ends, rows, (*steps, table.shape[1], *strides, 1024))
+
+        self.launches.run("ends", aligned, make, table, values, ends)
+        return ends
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return self.dim, self.v_dim, self.d_pad, self.dv_pad
+
+    @property
+    def scale(self) -> float | None:
+        return None if self.code.scale is None else self.code.scale * LOG2E
+
+    @property
+    def out_strides(self) -> tuple[int, int, int]:
+        width = self.heads * self.v_dim // 8
+        return self.q_len * width, self.v_dim // 8, width
+
+    @property
+    def dead(self) -> int:
+        if self.averages and not self.dropout:
+            return DEAD_MEAN
+        return DEAD_NAN if self.program.dead_rows in NAN else DEAD_ZERO
+
+    @property
+    def four_strides(self) -> tuple[int, ...]:
+        return (*self.strides[0], *self.strides[1], *self.strides[2], *self.strides[3])
+
+    def _splits(self, device: torch.device) -> int:
+        """How many parts the keys are split into; 0 where the ordinary kernel runs."""
+        most = self.kv_len // decode.FEWEST_KEYS
+        if self.q_len > decode.MAX_QUERIES or self.dropout or most < 2:
+            return 0
+        return decode.split_count(self.decode_tiles(), most, processors(device))
+
+    def decode_config(self) -> configs.Config:
+        config = self.config("decode")
+        # Products of float32 take registers, not tensor cores: a larger tile gains nothing there.
+        most = 64 if self.itemsize == 2 else config.bm
+        return config._replace(bm=padded(min(self.group * self.q_len, most)))
+
+    def decode_tiles(self) -> int:
+        return -(-self.group * self.q_len // self.decode_config().bm) * self.batch * self.kv_heads
+
+    def passes_over_keys(self, dk: Tensor, dv: Tensor) -> list[tuple[str, Tensor | None, Tensor | None]]:
+        """Kernels by name, with what they write."""
+        if self.dk_and_dv_apart:
+            return [("dk", dk, None), ("dv", None, dv)]
+        return [("dkdv", dk, dv)]
+
+    @property
+    def skips_ends(self) -> bool:
+        """Whether the kernel of dq has the gradient of the ends of a table of indices."""
+        table = self.code.table
+        return (
+            self.end_functions[0] is not None and table is not None and table.has_ends and self.sums_diagonals
+        )
+
+    @property
+    def sums_diagonals(self) -> bool:
+        """The gradient of a table of distances has a kernel of its own."""
+        return self.code.table is not None and not self.is_constant
+
+    @property
+    def is_constant(self) -> bool:
+        # The weight of a single key is the constant 1: rounding must not make a gradient of it.
+        return self.kv_len == 1 and self.program.sink is None and not self.with_dlse
+
+    @property
+    def refines(self) -> bool:
+        """Whether the dS of a row sum to 0, by which the kernel of dq mends delta, out being rounded."""
+        return self.program.sink is None and not self.with_dlse and not self.sums_rows_exactly
+
+    @property
+    def dscale(self) -> float:
+        if self.is_constant:
+            return 0.0
+        return 1.0 if self.code.dscale is None else self.code.dscale
+
+
+def _major_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def threshold(dropout_p: float) -> int:
+    """Signed 32-bit: a uniform int32 is below it with probability ``dropout_p``."""
+    return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "tf32"  # of no effect
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
