@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from kernel_cases import Case, hostile_sinks, left_pad, run_case, sinks
-from tolerance import assert_equal_under_rule, holds
+from tolerance import assert_equal_under_rule
 
 from flashfuse.kernels import cpu
 from flashfuse.kernels.reference import attention_reference
@@ -41,7 +41,7 @@ CASES = (
 @pytest.mark.parametrize("aux", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c}|{c.captures.__name__}")
 def test_cpu_is_equal_under_the_rule(case, aux):
-    holds(lambda seed: run_case(cpu, dataclasses.replace(case, aux=aux), "cpu", seed))
+    run_case(cpu, dataclasses.replace(case, aux=aux), "cpu", draws=6)
 
 
 def test_text_form():
