@@ -239,10 +239,14 @@ def _fastest(what: str, choices: Sequence[Config], attempt: Callable[[Config], T
         fastest = static
     log.info(
         "tuned %s: %s %.4g ms, the tables' %s %.4g ms; %d of %d candidates timed, %.1f s",
-        *(what, tuple(fastest[:4]), times[fastest], tuple(static[:4]), times[static]),
+        *(what, _text(fastest), times[fastest], _text(static), times[static]),
         *(len(trials), len(choices), time.perf_counter() - started),
     )
     return fastest
+
+
+def _text(config: Config) -> tuple[int, ...]:
+    return tuple(n for n in config if n is not None)
 
 
 # --- the choice --------------------------------------------------------------------------------
@@ -268,7 +272,7 @@ def best(
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     with _lock:
         config = _known.get(name)
-        if config is not None:
+        if config in choices:
             return config
         if torch.cuda.is_current_stream_capturing():
             return choices[0]

@@ -22,6 +22,16 @@ class Config(NamedTuple):
     registers: int | None = None
 
 
+def smaller(config: Config) -> Config | None:
+    """With fewer stages, else with a smaller tile; ``None`` below the least."""
+    if config.stages > 1:
+        return config._replace(stages=config.stages - 1)
+    if max(config.bm, config.bn) <= 32:
+        return None
+    wide = config.bn >= config.bm
+    return config._replace(bm=config.bm // (1 if wide else 2), bn=config.bn // (2 if wide else 1), warps=4)
+
+
 _C = Config
 _THREE = 168
 """Registers of a thread with which three programs of 4 warps share a multiprocessor."""
@@ -80,6 +90,13 @@ _DECODE: dict[int, tuple[Config, Config, Config]] = {
 }
 # Where a bias or a mask is loaded per element its addresses take registers, and its tiles shared memory.
 _TILE_LOADS = {"forward": _C(64, 64, 4, 2), "dkdv": _C(32, 64, 4, 2), "dq": _C(64, 32, 4, 2)}
+_WIDE_LOADS = {
+    "forward": _C(64, 32, 4, 1),
+    "dkdv": _C(32, 32, 8, 1),
+    "dk": _C(32, 64, 4, 1),
+    "dv": _C(32, 64, 4, 1),
+    "dq": _C(64, 32, 8, 1),
+}
 _SINGLE: dict[str, tuple[Config, Config, Config]] = {
     "forward": (_C(32, 32, 4, 2), _C(32, 32, 8, 2), _C(16, 32, 8, 1)),
     "dkdv": (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1)),
@@ -99,7 +116,8 @@ class Kind(NamedTuple):
     ``capability`` the device's major compute capability, ``describes`` that tiles come by the tensor memory
     accelerator, ``plain`` a score ``s*c``, ``masked`` that there is a mask, ``mask_loads`` that it loads
     something, ``by_key`` that something is loaded for each key, ``loads`` what is for each query and key, see
-    ``codegen.Generated``, or ``mask`` where only the mask has to.
+    ``codegen.Generated``, or ``mask`` where only the mask has to; ``pair_bytes`` is the size of an element of
+    all tiles that this takes, those of indices too.
     """
 
     head_dim: int
@@ -112,6 +130,7 @@ class Kind(NamedTuple):
     mask_loads: bool
     by_key: bool
     loads: str
+    pair_bytes: int = 0
 
     @property
     def width(self) -> int:
@@ -125,7 +144,7 @@ def measured(kernel: str, itemsize: int) -> tuple[Config, ...]:
         square = _TABLE[2 if itemsize == 2 else 4]
         rows = [c for s in square for c in (s, s._replace(warps=8, stages=1), s._replace(stages=1))]
     elif kernel in _APART:
-        rows = [*_APART.values()]
+        rows = [*_APART.values(), _WIDE_LOADS[kernel]]
     elif itemsize != 2:
         rows = list(_SINGLE[kernel])
     else:
@@ -133,7 +152,7 @@ def measured(kernel: str, itemsize: int) -> tuple[Config, ...]:
         rows += _DESCRIBED[kernel]
         special = (_DROPOUT, _PLAIN, _CLOSED, _DENSE, _LOADS)
         rows += [c for table in special for (name, *_), c in table.items() if name == kernel]
-        rows += [_TILE_LOADS[kernel], *(_BY_KEY if kernel == "forward" else ())]
+        rows += [_TILE_LOADS[kernel], _WIDE_LOADS[kernel], *(_BY_KEY if kernel == "forward" else ())]
     return tuple(dict.fromkeys(rows))
 
 
@@ -154,10 +173,15 @@ def choose(kernel: str, kind: Kind) -> Config:
     if kernel in _APART:
         if are_apart(kind):
             # What a line gains within a tile of queries is kept for one size of tiles.
+            if kind.pair_bytes > 2:
+                return _WIDE_LOADS[kernel]
             return _APART["dk" if kind.loads == "line" else kernel]
         kernel = "dkdv"
     if size != 2:
         return _SINGLE[kernel][column]
+    # More than one bias of 16-bit numbers, with which the other tiles were measured, leaves them no room.
+    if kind.pair_bytes > 2:
+        return (_TILE_LOADS if width < 256 else _WIDE_LOADS)[kernel]
     if kind.describes:
         return _described(kernel, kind)
     if kind.loads not in ("", "line") and width < 256:

@@ -32,6 +32,8 @@ class Launch(NamedTuple):
     """Whether a product and a sum may become one operation, which rounds once."""
     descriptors: tuple[tuple[int, Callable[[Any], Any]], ...] = ()
     """The places of tensors that the kernel takes in another form, and what makes that."""
+    smaller: Callable[[], Launch | None] | None = None
+    """The same with fewer stages or smaller tiles, for a device without room for this one."""
 
 
 def with_descriptors(what: Launch, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -54,6 +56,20 @@ def launch(what: Launch, *tensors: Any) -> Any:
         maxnreg=what.registers,
         enable_fp_fusion=what.fuses,
     )
+
+
+def launch_what_fits(what: Launch, tensors: tuple[Any, ...]) -> tuple[Any, Launch]:
+    """:func:`launch`, of ``what`` or of the largest below it that the device has shared memory for."""
+    while True:
+        try:
+            return launch(what, *tensors), what
+        except Exception as error:
+            # Triton's, which this file does not import.
+            out_of_room = type(error).__name__ == "OutOfResources"
+            smaller = what.smaller() if out_of_room and what.smaller is not None else None
+            if smaller is None:
+                raise
+            what = smaller
 
 
 _NO_GUARD: AbstractContextManager[Any] = nullcontext()
@@ -149,7 +165,8 @@ class Launches:
                 return
         what = self._made.get(name)
         if what is None:
-            what = self._made[name] = make() if self._tune is None else self._tune(name, make, tensors)
-        compiled = launch(what, *tensors)
+            what = make() if self._tune is None else self._tune(name, make, tensors)
+        compiled, what = launch_what_fits(what, tensors)
+        self._made[name] = what
         if aligned and compiled is not None:
             self._ready[name] = direct(compiled, what)

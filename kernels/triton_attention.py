@@ -50,7 +50,8 @@ def forward(
         if highest is not None:
             highest.fill_(float("-inf"))
         return out.zero_(), lse.fill_(float("-inf"))
-    q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
+    described = not site.splits
+    q, k, v = site.rows(q, 0), site.rows(k, 1, described), site.rows(v, 2, described)
     # Without a map the kernel for few queries visits every key.
     every_key = site.splits and not site.shares_map
     kv_map = None if every_key else site.maps(maps, captures, ints, q.device)[0]
@@ -109,8 +110,8 @@ def backward(
     dq, dk, dv = q.new_empty_strided(*of_q), q.new_empty_strided(*of_k), q.new_empty_strided(*of_v)
     if site.is_empty:
         return [dq.zero_(), dk.zero_(), dv.zero_(), *(torch.zeros_like(captures[i]) for i in wanted)]
-    q, k, v = site.rows(q, 0), site.rows(k, 1), site.rows(v, 2)
-    do, out = site.rows(do, 3), site.rows(out, 4)
+    q, k, v = site.rows(q, 0, True), site.rows(k, 1, True), site.rows(v, 2, True)
+    do, out = site.rows(do, 3, True), site.rows(out, 4)
     lse = lse.contiguous()
     kv_map, q_map = site.maps(maps, captures, ints, q.device)
     ptrs = tuple(captures)

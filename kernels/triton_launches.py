@@ -5,6 +5,7 @@ A config that is given, by a trial of ``autotune``, stands for the tables'.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,12 +36,19 @@ def _launch(
     numbers: tuple[Any, ...],
     config: configs.Config,
     descriptors: tuple[tuple[int, Callable[[Tensor], Any]], ...] = (),
+    again: Callable[[configs.Config], Launch] | None = None,
 ) -> Launch:
+    """``again`` makes the launch with another config, where no other kernel depends on this one's."""
+
+    def smaller() -> Launch | None:
+        other = configs.smaller(config)
+        return again(other) if again is not None and other is not None else None
+
     # In full float32 all kernels must round scores alike, or the dS of a row do not sum to 0; which
     # product becomes one with a sum depends on what the compiler sees around it.
     fuses = site.precision != "ieee"
     _, _, warps, stages, registers = config
-    return Launch(kernel, programs, numbers, warps, stages, registers, fuses, descriptors)
+    return Launch(kernel, programs, numbers, warps, stages, registers, fuses, descriptors, smaller)
 
 
 def of_forward(site: Site, kv_map: Tensor | None, config: configs.Config | None = None) -> Launch:
@@ -53,7 +61,9 @@ def of_forward(site: Site, kv_map: Tensor | None, config: configs.Config | None 
         *(BLOCK, site.even, site.dropout, site.dead, site.precision, config.bm, config.bn),
     )
     programs = -(-site.q_len // config.bm) * site.batch * site.heads
-    return _launch(site, attention_forward, programs, numbers, config, _descriptors(site, config.bn, 1, 2))
+    descriptors = _descriptors(site, config.bn, 1, 2)
+    again = functools.partial(of_forward, site, kv_map)
+    return _launch(site, attention_forward, programs, numbers, config, descriptors, again)
 
 
 def of_split(site: Site, kv_map: Tensor | None) -> Launch:
@@ -143,8 +153,11 @@ def of_dkdv(
     programs = -(-site.kv_len // config.bn) * site.batch * site.kv_heads
     if uniform:
         config = config._replace(stages=1, registers=None)
-    kernel = backward_kernels.backward_dkdv
-    return _launch(site, kernel, programs, numbers, config, _descriptors(site, config.bm, 0, 3))
+    # What a line gains within a tile of queries is kept for this size of tiles.
+    given = (site, dk, dv, extra_k, extra_v, q_map, uniform)
+    again = None if site.end_functions[2] else functools.partial(of_dkdv, *given)
+    kernel, descriptors = backward_kernels.backward_dkdv, _descriptors(site, config.bm, 0, 3)
+    return _launch(site, kernel, programs, numbers, config, descriptors, again)
 
 
 def of_dq(
@@ -188,8 +201,9 @@ def of_dq(
         *(config.bm, config.bn),
     )
     programs = -(-site.q_len // config.bm) * site.batch * site.heads
-    kernel = backward_kernels.backward_dq
-    return _launch(site, kernel, programs, numbers, config, _descriptors(site, config.bn, 1, 2))
+    again = functools.partial(of_dq, site, dq, kv_map, uniform)
+    kernel, descriptors = backward_kernels.backward_dq, _descriptors(site, config.bn, 1, 2)
+    return _launch(site, kernel, programs, numbers, config, descriptors, again)
 
 
 def of_table(site: Site, config: configs.Config | None = None) -> Launch:

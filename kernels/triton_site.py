@@ -22,6 +22,7 @@ from flashfuse.kernels.interval import needs_elements
 from flashfuse.kernels.launch import Launch, Launches
 from flashfuse.kernels.layout import bshd, fits, is_aligned, is_describable, padded, strides_of, typed
 from flashfuse.kernels.ops import BLOCK
+from flashfuse.kernels.printer import axis_of, is_scattered
 from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, ScoreProgram, differentiable_loads
 
 FEWEST_SCORES_DESCRIBED = 2**24
@@ -92,16 +93,23 @@ class Site:
             and self.batch * self.heads * self.q_len * self.kv_len >= FEWEST_SCORES_DESCRIBED
             and all(map(is_describable, self.like))
         )
+        self.pair_bytes = self._pair_bytes(captures)
         self.dk_and_dv_apart = configs.are_apart(self.kind())
         # Heads that share a tile must share the lists of blocks.
         self.shares_map = self.group == 1 or "h" not in self.program.mask_variables
         self.splits = 0 if self.is_empty else self._splits(q.device)
 
-    def rows(self, t: Tensor, position: int) -> Tensor:
+    def _pair_bytes(self, captures: Sequence[Tensor]) -> int:
+        """Of all that the score loads, or loads as an index, in tiles of queries and keys."""
+        loads = {n for n in walk(self.program.score) if n.op == "load" and axis_of(n) == 2}
+        places = {n: self.program.captures.index(n.args[0]) for n in loads if not is_scattered(n)}
+        return sum(captures[i].element_size() for i in places.values())
+
+    def rows(self, t: Tensor, position: int, described: bool = False) -> Tensor:
         """``t`` as the kernels read it: copied if its layout, or for a descriptor its address, is not fit."""
         if not self.fits[position]:
             return t.contiguous()
-        if self.describes and not is_aligned(t):
+        if described and self.describes and not is_aligned(t):
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
         return t
 
@@ -137,6 +145,7 @@ class Site:
             mask_loads=mask is not None and any(node.op == "load" for node in walk(mask)),
             by_key=self.code.by_key,
             loads=self.code.loads or ("mask" if mask is not None and needs_elements(mask) else ""),
+            pair_bytes=self.pair_bytes,
         )
 
     def tuned(self, name: Hashable, make: Callable[..., Launch], tensors: tuple[Any, ...]) -> Launch:
@@ -158,6 +167,7 @@ class Site:
             "dims": [self.dim, self.v_dim],
             "heads": autotune.bucket(self.batch * self.heads),
             "group": self.group,
+            "described": self.describes,
             "lengths": [autotune.bucket(self.q_len), autotune.bucket(self.kv_len)],
         }
         key = {**bench.key(), "sizes": alike}

@@ -22,6 +22,7 @@ BUTTERFLY = f"q//128 == kv//128 or 1048576 % {FURTHER} == 0 and min(q//128, kv//
 TABLE = "s*0.125 + table[h, kv - q + Sq - 1] where kv <= q"
 BUCKETS = "s*0.125 + weight[bucket[kv - q + Sq - 1], h] where kv <= q"
 GATHER = "s*0.125 + near[h, q, bucket[kv - q + Sq - 1]] where kv <= q"
+INDICES = "s*0.125 + near[h, q, bucket[q, kv]] where kv <= q"
 SITES = {
     "dense 64": {"text": "s*0.125"},
     "causal 128": {"text": CAUSAL, "dim": 128},
@@ -38,6 +39,8 @@ SITES = {
     "table 64": {"text": TABLE, "captures": [(4, 599)], "length": 300, "dropout_p": 0.1},
     "ALiBi 64": {"text": "s*0.125 + slope[h]*(kv - q) where kv <= q", "captures": [(4,)], "length": 512},
     "buckets 64": {"text": BUCKETS, "captures": [(32, 4), (1023,)], "length": 512},
+    "indices 128": {"text": INDICES, "captures": [(4, 300, 32), (300, 300)], "length": 300, "dim": 128},
+    "indices 256": {"text": INDICES, "captures": [(4, 300, 32), (300, 300)], "length": 300, "dim": 256},
     "gather 128": {"text": GATHER, "captures": [(4, 300, 32), (599,)], "length": 300, "dim": 128},
 }
 LAST = "s*0.125 where kv <= q + Skv - Sq"

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 
+from flashfuse.kernels import configs, launch
 from flashfuse.kernels.launch import Launch, direct
 
 WHAT = Launch(None, 7, (1, 2))
@@ -104,3 +105,48 @@ def test_a_launcher_that_adds_to_the_arguments_is_called_itself(compiled):
     run("q")
     run("q")
     assert [given[-1] for given in launcher.done] == [("q", 1, 2, 0), ("q", 1, 2, 1)]
+
+
+class OutOfResources(Exception):
+    """Stands for Triton's, which is known by its name."""
+
+
+def test_tiles_shrink_until_the_device_has_room(monkeypatch):
+    tried = []
+
+    def attempt(what, *tensors):
+        tried.append(what.numbers[0])
+        if what.numbers[0].stages > 1:
+            raise OutOfResources
+        return "compiled"
+
+    def launch_of(config):
+        def smaller():
+            other = configs.smaller(config)
+            return other and launch_of(other)
+
+        return Launch(None, 1, (config,), smaller=smaller)
+
+    monkeypatch.setattr(launch, "launch", attempt)
+    compiled, what = launch.launch_what_fits(launch_of(configs.Config(128, 64, 8, 3)), ())
+    assert compiled == "compiled" and what.numbers == (configs.Config(128, 64, 8, 1),)
+    assert [config.stages for config in tried] == [3, 2, 1]
+    with pytest.raises(OutOfResources):
+        launch.launch_what_fits(Launch(None, 1, (configs.Config(64, 64, 4, 2),)), ())
+
+
+def test_nothing_else_is_tried_again(monkeypatch):
+    def attempt(what, *tensors):
+        raise ValueError("wrong")
+
+    monkeypatch.setattr(launch, "launch", attempt)
+    with pytest.raises(ValueError, match="wrong"):
+        launch.launch_what_fits(Launch(None, 1, (), smaller=lambda: pytest.fail("tried")), ())
+
+
+def test_the_smallest_tile_is_the_last():
+    config, seen = configs.Config(128, 128, 8, 3), []
+    while config is not None:
+        seen.append(config[:4])
+        config = configs.smaller(config)
+    assert seen[2:5] == [(128, 128, 8, 1), (128, 64, 4, 1), (64, 64, 4, 1)] and seen[-1] == (32, 32, 4, 1)

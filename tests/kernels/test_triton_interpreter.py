@@ -260,12 +260,12 @@ for case in [
          grads=(0,)),
     dict(program="s*0.158 + slope[h]*(kv - q) where kv <= q", sizes=(1, 2, 140, 150), captures=line,
          grads=(0,), dropout_p=0.2),
-    dict(program="s*0.158 + t[h, kv - q + Sq - 1]", sizes=(1, 2, 33, 140), grads=(0,),
-         captures=lambda b, h, sq, skv: [torch.randn(h, sq + skv - 1)]),
+    *(dict(program=f"s*0.158 + t[h, kv - q + Sq - 1]{mask}", sizes=(1, 2, 33, 140), grads=(0,),
+           captures=lambda b, h, sq, skv: [torch.randn(h, sq + skv - 1)]) for mask in ("", " where kv <= q")),
 ]:
     case = Case(**{"dtype": torch.float16, **case})
     attempt(str(case), lambda: described(case))
-""", 8),
+""", 9),
     "few queries": ("""
 run_launch, launched = launch.launch, []
 def recorded(what, *tensors):
