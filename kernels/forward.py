@@ -167,7 +167,7 @@ def attend(  # type: ignore[no-untyped-def]
     BM: tl.constexpr, BN: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
     FLAT: tl.constexpr = None, LINE: tl.constexpr = False,
 ):  # fmt: skip
-    """One tile of BN keys into acc [BM, DV_PAD], l [BM], m [BM].
+    """One tile of BN keys into acc [BM, DV_PAD], l [BM], m [BM]; only a ``partial`` one runs the mask.
 
     FLAT is a where the score is a s + t, with one number t for the tile, or one for each row and, of a LINE,
     one for each column.
