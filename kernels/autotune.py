@@ -272,7 +272,7 @@ def best(
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     with _lock:
         config = _known.get(name)
-        if config in choices:
+        if config is not None and config in choices:
             return config
         if torch.cuda.is_current_stream_capturing():
             return choices[0]

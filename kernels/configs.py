@@ -6,6 +6,7 @@ the compiler reports no spilled registers (``tests/kernels/test_compile.py``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -53,12 +54,18 @@ _DESCRIBED: dict[str, tuple[Config, Config, Config]] = {
     "dkdv": (_C(64, 64, 4, 3), _C(32, 64, 4, 3), _C(32, 32, 8, 1)),
     "dq": (_C(64, 64, 4, 3, _THREE), _C(64, 64, 4, 2), _C(128, 64, 8, 1)),
 }
-# There, by kernel and width: with dropout; of scores ``s*c`` without it; of those under a mask that loads
-# nothing, or none; under none
-_DROPOUT = {("dq", 128): _C(128, 64, 8, 3)}
-_PLAIN = {("dkdv", 128): _C(64, 64, 4, 2)}
-_CLOSED = {("dkdv", 64): _C(64, 64, 4, 3, _THREE)}
-_DENSE = {("dq", 128): _C(128, 64, 8, 3)}
+# There, in these cases: of several that are so the last
+_CASES: tuple[tuple[str, int, Callable[[Kind], bool], Config], ...] = (
+    ("dq", 128, lambda kind: kind.dropout, _C(128, 64, 8, 3)),
+    ("dq", 128, lambda kind: kind.plain and not kind.masked, _C(128, 64, 8, 3)),
+    ("dkdv", 128, lambda kind: kind.plain and not kind.dropout, _C(64, 64, 4, 2)),
+    (
+        "dkdv",
+        64,
+        lambda kind: kind.plain and not kind.dropout and not kind.mask_loads,
+        _C(64, 64, 4, 3, _THREE),
+    ),
+)
 # There, by what the score loads for each query and key, or is
 _LOADS: dict[tuple[str, str, int], Config] = {
     ("forward", "tiles", 64): _C(128, 64, 4, 3),
@@ -150,8 +157,8 @@ def measured(kernel: str, itemsize: int) -> tuple[Config, ...]:
     else:
         rows = [c for (name, _), row in _HALF.items() if name == kernel for c in row]
         rows += _DESCRIBED[kernel]
-        special = (_DROPOUT, _PLAIN, _CLOSED, _DENSE, _LOADS)
-        rows += [c for table in special for (name, *_), c in table.items() if name == kernel]
+        rows += [c for name, *_, c in _CASES if name == kernel]
+        rows += [c for (name, *_), c in _LOADS.items() if name == kernel]
         rows += [_TILE_LOADS[kernel], _WIDE_LOADS[kernel], *(_BY_KEY if kernel == "forward" else ())]
     return tuple(dict.fromkeys(rows))
 
@@ -193,15 +200,10 @@ def choose(kernel: str, kind: Kind) -> Config:
 
 
 def _described(kernel: str, kind: Kind) -> Config:
-    at = kernel, kind.width
-    tables: list[dict[tuple[str, int], Config]] = []
-    if kind.dropout:
-        tables = [_DROPOUT]
-    elif kind.plain:
-        tables = [_PLAIN, {} if kind.mask_loads else _CLOSED, {} if kind.masked else _DENSE]
     config = _DESCRIBED[kernel][(64, 128, 256).index(kind.width)]
-    for table in tables:
-        config = table.get(at, config)
+    for name, width, holds, of_case in _CASES:
+        if (name, width) == (kernel, kind.width) and holds(kind):
+            config = of_case
     if kind.loads:
         config = _LOADS.get((kernel, kind.loads, kind.width), config)
     if kernel == "forward" and kind.by_key and config.bn > 64:

@@ -145,9 +145,9 @@ def backward(
         sums = _capture_gradients(site, captures, add_up)
         extra_k, extra_v = _dead_gradients(site, do, lse, aligned, q, k, v, stats, seed, ptrs)
         extra = (extra_k, extra_v)
-        for name, *written in site.passes_over_keys(dk, dv):
-            make = functools.partial(triton_launches.of_dkdv, site, *written, *extra, q_map)
-            run(name, aligned, make, q, k, v, do, *written, stats, *extra, q_map, seed, ends, ptrs)
+        for name, its_dk, its_dv in site.passes_over_keys(dk, dv):
+            make = functools.partial(triton_launches.of_dkdv, site, its_dk, its_dv, *extra, q_map)
+            run(name, aligned, make, q, k, v, do, its_dk, its_dv, stats, *extra, q_map, seed, ends, ptrs)
         totals = dict(zip(site.of_score, sums, strict=True))
         for i, gradient in _sink_gradients(site, captures, ints, lse, stats).items():
             totals[i] = totals[i] + gradient if i in totals else gradient
