@@ -173,10 +173,7 @@ WORKLOADS = (
 def run(work: Workload, rounds: int, ways: tuple[str, ...]) -> Bench:
     """Check, then time, one workload."""
     device = torch.device(work.device)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = work.build()
-    model = model.to(work.dtype).train(work.train)
+    model = _model(work)
     equal = _equal(model, work, device)
     inputs = work.inputs(device)
     steps = {way: _step(model, way, inputs, work.train) for way in ways}
@@ -200,14 +197,17 @@ def run(work: Workload, rounds: int, ways: tuple[str, ...]) -> Bench:
 
 def compile_only(work: Workload) -> None:
     """One step of every way that compiles something."""
-    device = torch.device(work.device)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = work.build()
-    model = model.to(work.dtype).train(work.train)
+    model, inputs = _model(work), work.inputs(torch.device(work.device))
     for way in work.ways:
         if way not in ("eager", "sdpa"):
-            _step(model, way, work.inputs(device), work.train)()
+            _step(model, way, inputs, work.train)()
+
+
+def _model(work: Workload) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with torch.device(work.device):
+        model = work.build()
+    return model.to(work.dtype).train(work.train)
 
 
 def _variants(reports: tuple[flashfuse.Report, ...]) -> str:

@@ -54,10 +54,9 @@ _DESCRIBED: dict[str, tuple[Config, Config, Config]] = {
     "dkdv": (_C(64, 64, 4, 3), _C(32, 64, 4, 3), _C(32, 32, 8, 1)),
     "dq": (_C(64, 64, 4, 3, _THREE), _C(64, 64, 4, 2), _C(128, 64, 8, 1)),
 }
-# There, in these cases: of several that are so the last
+# There, in these cases
 _CASES: tuple[tuple[str, int, Callable[[Kind], bool], Config], ...] = (
-    ("dq", 128, lambda kind: kind.dropout, _C(128, 64, 8, 3)),
-    ("dq", 128, lambda kind: kind.plain and not kind.masked, _C(128, 64, 8, 3)),
+    ("dq", 128, lambda kind: kind.dropout or (kind.plain and not kind.masked), _C(128, 64, 8, 3)),
     ("dkdv", 128, lambda kind: kind.plain and not kind.dropout, _C(64, 64, 4, 2)),
     (
         "dkdv",

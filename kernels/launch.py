@@ -59,10 +59,13 @@ def launch(what: Launch, *tensors: Any) -> Any:
 
 
 def launch_what_fits(what: Launch, tensors: tuple[Any, ...]) -> tuple[Any, Launch]:
-    """:func:`launch`, of ``what`` or of the largest below it that the device has shared memory for."""
+    """:func:`launch`, of ``what`` or of the largest below it that the device has shared memory for.
+
+    What was launched is kept for long, so it comes back without ``smaller``, which holds this call's tensors.
+    """
     while True:
         try:
-            return launch(what, *tensors), what
+            return launch(what, *tensors), what._replace(smaller=None)
         except Exception as error:
             # Triton's, which this file does not import.
             out_of_room = type(error).__name__ == "OutOfResources"

@@ -131,6 +131,7 @@ def test_tiles_shrink_until_the_device_has_room(monkeypatch):
     compiled, what = launch.launch_what_fits(launch_of(configs.Config(128, 64, 8, 3)), ())
     assert compiled == "compiled" and what.numbers == (configs.Config(128, 64, 8, 1),)
     assert [config.stages for config in tried] == [3, 2, 1]
+    assert what.smaller is None, "it holds the tensors of the call"
     with pytest.raises(OutOfResources):
         launch.launch_what_fits(Launch(None, 1, (configs.Config(64, 64, 4, 2),)), ())
 
