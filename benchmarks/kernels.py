@@ -1,6 +1,6 @@
 """Attention kernels side by side on a GPU: ours, FlashAttention-2 and cuDNN through SDPA, FlexAttention.
 
-    python benchmarks/kernels.py [--no-flex] [--only SECTION ...] [--jobs 12] [--out FILE]
+    python benchmarks/kernels.py [--no-flex] [--only SECTION ...] [--jobs 12] [--compile] [--out FILE]
 
 Everything in one run, bfloat16, rounds interleaved, medians.  TFLOP/s counts 4·B·H·N²·D operations of what
 the mask leaves (half of them under a causal mask) forward, and 2.5 times as many backward.  A row whose
@@ -393,6 +393,7 @@ def main() -> None:
     known = [*SECTIONS, "decode"]
     parser.add_argument("--no-flex", action="store_true")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile at first")
+    parser.add_argument("--compile", action="store_true", help="fill the compilers' caches only")
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="SECTION")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.md")
     options = parser.parse_args()
@@ -407,6 +408,8 @@ def main() -> None:
     jobs += [(s, i, True) for s, i, has_flex in rows if has_flex and not options.no_flex]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(_warm, jobs))
+    if options.compile:
+        return
     # What sparse rows are compared with.
     dense = None
     if {"sparse", "density"} & chosen.keys():

@@ -152,7 +152,7 @@ WORKLOADS = (
         inputs=_translation(8, 1024, 256),
         small=_translation(2, 111, 33),
     ),
-    Workload("gemma2-train-4x4096", build=_gemma2, **_GPU, **_training(4, 4096, 32000)),
+    Workload("gemma2-train-4x4096", build=_gemma2, ways=WITH_FLEX, **_GPU, **_training(4, 4096, 32000)),
     Workload(
         "llama-prefill-2x8192-left-padded",
         build=_llama,
@@ -201,6 +201,9 @@ def compile_only(work: Workload) -> None:
     for way in work.ways:
         if way not in ("eager", "sdpa"):
             _step(model, way, inputs, work.train)()
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def _model(work: Workload) -> torch.nn.Module:

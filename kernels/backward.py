@@ -61,12 +61,15 @@ def _weights(  # type: ignore[no-untyped-def]
         return power_of_e(x - lse, norm, PRECISION)
 
 
-@triton.jit(do_not_specialize=["sob", "soh", "sos", "sgb", "sgh", "sgs", "H", "Sq"])
+@triton.jit(do_not_specialize=["sob", "soh", "sos", "sgb", "sgh", "sgs", "H", "GROUP", "Sq"])
 def backward_prepare(  # type: ignore[no-untyped-def]
-    Out, DOut, Lse, Stats, sob, soh, sos, sgb, sgh, sgs, H, Sq,
+    Out, DOut, Lse, Stats, Dead, sob, soh, sos, sgb, sgh, sgs, H, GROUP, Sq,
     DV: tl.constexpr, DV_PAD: tl.constexpr, FOLDED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Stats: lse as the other kernels want it, base 2 where FOLDED and +∞ in dead rows, and delta."""
+    """Stats: lse as the other kernels want it, base 2 where FOLDED and +∞ in dead rows, and delta.
+
+    Dead [B, H_kv] int32, or None: 1 where a row of the group is dead; other elements stay as they are.
+    """
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BM
@@ -86,6 +89,9 @@ def backward_prepare(  # type: ignore[no-untyped-def]
     if FOLDED:
         lse = lse * LOG2E
     tl.store(Stats + rows * WIDTH, tl.where(dead, float("inf"), lse), mask=inside)
+    if Dead is not None:
+        if tl.max(dead.to(tl.int32), 0) > 0:
+            tl.atomic_max(Dead + bh // GROUP, 1, sem="relaxed")
 
 
 @triton.jit(
@@ -304,7 +310,7 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_dkdv(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, DK, DV_, Stats, ExtraK, ExtraV, Map, Seed, Ends, ptrs, nums,
+    Q, K, V, DOut, DK, DV_, Stats, Dead, ExtraK, ExtraV, Map, Seed, Ends, ptrs, nums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
     sxkb, sxkh, sxks, sxvb, sxvh, sxvs, H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ENDS: tl.constexpr,
@@ -316,13 +322,17 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program per (b, kv head, tile of BN keys); ``Map`` is the q_map.  DK or DV_ may be None.
 
-    ExtraK and ExtraV, float32 and shaped like dk and dv, are added to them.
+    ExtraK and ExtraV, float32 and shaped like dk and dv, are added to them.  Where there is a Dead, from
+    ``backward_prepare``, they hold nothing where it is 0, and there UNIFORM writes nothing.
     """
     WIDTH: tl.constexpr = 2 if FOLDED else 4
     OF_K: tl.constexpr = DK is not None
     OF_V: tl.constexpr = DV_ is not None
     tiles = (Skv + BN - 1) // BN
     plane = tl.program_id(0) // tiles
+    if UNIFORM:  # noqa: SIM102 (known when compiled; the inner one is not)
+        if tl.load(Dead + plane) == 0:
+            return
     # First keys first: under a causal mask they are seen by the most queries.
     first = tl.program_id(0) % tiles * BN
     kv_heads = H // GROUP
@@ -410,6 +420,9 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
                     PRECISION, UNIFORM, OF_K, OF_V,
                 )  # fmt: skip
     inside = local < Skv - first
+    has_extra = inside
+    if Dead is not None:
+        has_extra = local < tl.where(tl.load(Dead + plane) != 0, Skv - first, 0)
     if DV_ is not None:
         if DROPOUT:
             dv = dv * drop_scale
@@ -417,26 +430,29 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
         extra_base = ExtraV
         if ExtraV is not None:
             extra_base = ExtraV + b64 * sxvb + kvh64 * sxvh + first64 * sxvs
-        _store_rows(dv_base, sdvs, dv, extra_base, sxvs, local, inside, DV, DV_PAD)
+        _store_rows(dv_base, sdvs, dv, extra_base, sxvs, local, inside, has_extra, DV, DV_PAD)
     if DK is not None:
         dk = dk * dscale
         dk_base = DK + b64 * sdkb + kvh64 * sdkh + first64 * sdks
         extra_base = ExtraK
         if ExtraK is not None:
             extra_base = ExtraK + b64 * sxkb + kvh64 * sxkh + first64 * sxks
-        _store_rows(dk_base, sdks, dk, extra_base, sxks, local, inside, D, D_PAD)
+        _store_rows(dk_base, sdks, dk, extra_base, sxks, local, inside, has_extra, D, D_PAD)
 
 
 @triton.jit
 def _store_rows(  # type: ignore[no-untyped-def]
-    base, stride, value, extra_base, extra_stride, local, inside, D: tl.constexpr, D_PAD: tl.constexpr
-):
-    """value [ROWS, D_PAD], plus the extra rows if there are any, to a matrix of D columns."""
+    base, stride, value, extra_base, extra_stride, local, inside, has_extra, D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):  # fmt: skip
+    """The rows of value [ROWS, D_PAD] that are inside, plus the extra ones there are, to a matrix of D columns."""
     d = tl.arange(0, D_PAD)
-    mask = inside[:, None] & (d < D)[None, :]
+    used = (d < D)[None, :]
     if extra_base is not None:
-        value += tl.load(extra_base + local[:, None] * (extra_stride * 8) + d[None, :], mask=mask, other=0.0)
-    tl.store(base + local[:, None] * (stride * 8) + d[None, :], value.to(base.dtype.element_ty), mask=mask)
+        at_extra = extra_base + local[:, None] * (extra_stride * 8) + d[None, :]
+        value += tl.load(at_extra, mask=has_extra[:, None] & used, other=0.0)
+    at = base + local[:, None] * (stride * 8) + d[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside[:, None] & used)
 
 
 # --- dq and captures --------------------------------------------------------------------------
@@ -571,13 +587,17 @@ def backward_dq(  # type: ignore[no-untyped-def]
         Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
         partial, full, start = tl.load(Row), tl.load(Row + 1), tl.load(Row + 2) * BLOCK
     local = tl.arange(0, BM)
+    in_range = local < Sq - first
+    at = bh.to(tl.int64) * Sq + first + local
+    lse, delta, norm = load_stats(Stats, at, in_range, True, FOLDED)
+    if UNIFORM:
+        dead = in_range & (lse == float("inf"))
+        if tl.max(dead.to(tl.int32), 0) == 0:
+            return
     q = load_rows(Q + b64 * sqb + h64 * sqh + first64 * sqs, local, sqs, Sq - first, D, D_PAD, not EVEN)
     do = load_rows(DOut + b64 * sgb + h64 * sgh + first64 * sgs, local, sgs, Sq - first, DV, DV_PAD, not EVEN)
     k_plane = plane_of(K, b, kvh, skb, skh)
     v_plane = plane_of(V, b, kvh, svb, svh)
-    in_range = local < Sq - first
-    at = bh.to(tl.int64) * Sq + first + local
-    lse, delta, norm = load_stats(Stats, at, in_range, True, FOLDED)
     rows = tl.minimum(first + local, Sq - 1)
     seed = 0
     if DROPOUT:
@@ -585,10 +605,6 @@ def backward_dq(  # type: ignore[no-untyped-def]
     dq = tl.zeros([BM, D_PAD], tl.float32)
     dq_low = zeros_beside(dq, PRECISION == "ieee")
     sums = (tl.zeros([BM, 4], tl.float32), tl.zeros([BM, 4], tl.float32), tl.zeros([BM, 4], tl.float32))
-    keys = Skv
-    if UNIFORM:
-        dead = in_range & (lse == float("inf"))
-        keys = tl.where(tl.max(dead.to(tl.int32), 0) > 0, Skv, 0)
     most, least = 0, 0
     ends = (0, 0)
     if ENDS is not None:
@@ -620,11 +636,11 @@ def backward_dq(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             start = tile_of_rest(Row, i + 1, partial, full, before, after, BN, BLOCK)
     else:
-        whole = keys // BN * BN
+        whole = Skv // BN * BN
         if ENDS is not None:
-            before, after = count_ends_of_range(keys // BN, (most + 1) // BN - 1, (least + BN - 1) // BN)
+            before, after = count_ends_of_range(Skv // BN, (most + 1) // BN - 1, (least + BN - 1) // BN)
             for i in range(0, before + after):
-                start = tl.where(i < before, i, i + keys // BN - before - after) * BN
+                start = tl.where(i < before, i, i + Skv // BN - before - after) * BN
                 dq, dq_low, sums = _dq_tile(
                     dq, dq_low, sums, ends, q, do, lse, delta, norm, k_plane, v_plane, sks, svs, start, False,
                     first, rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
@@ -639,7 +655,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
                 False, PRECISION, UNIFORM, REFINES, TILE,
             )  # fmt: skip
         if not EVEN:  # noqa: SIM102 (known when compiled; the inner one is not)
-            if whole < keys:
+            if whole < Skv:
                 dq, dq_low, sums = _dq_tile(
                     dq, dq_low, sums, ends, q, do, lse, delta, norm, k_plane, v_plane, sks, svs, whole, False,
                     first, rows, b, h, Sq, Skv, ptrs, nums, gptrs, gnums, seed, bh, threshold, drop_scale,
@@ -661,6 +677,6 @@ def backward_dq(  # type: ignore[no-untyped-def]
     dq = dq * dscale
     dq_base = DQ + b64 * sdqb + h64 * sdqh + first64 * sdqs
     if UNIFORM:
-        _store_rows(dq_base, sdqs, dq, None, 0, local, dead, D, D_PAD)
+        _store_rows(dq_base, sdqs, dq, None, 0, local, dead, dead, D, D_PAD)
     else:
-        _store_rows(dq_base, sdqs, dq, None, 0, local, in_range, D, D_PAD)
+        _store_rows(dq_base, sdqs, dq, None, 0, local, in_range, in_range, D, D_PAD)

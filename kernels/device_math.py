@@ -241,7 +241,7 @@ def add_gradient(Buffer, Scale, offset, value):  # type: ignore[no-untyped-def]
     which such a scale is made from.
     """
     if Buffer.dtype.element_ty == tl.int32:
-        largest = tl.abs(value)
+        largest = tl.abs(value).to(tl.float32)
         # Bits of numbers that are not negative have their order; NaN counts as infinite.
         bits = tl.where(largest == largest, largest, float("inf")).to(tl.int32, bitcast=True)
         if bits.type.is_block():

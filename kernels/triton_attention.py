@@ -119,9 +119,12 @@ def backward(
     code = site.code
     run = site.launches.run
     stats = lse.new_empty((*lse.shape, 2 if code.folded else 4))
+    dead = None
+    if site.visits_dead_rows:
+        dead = torch.zeros((site.batch, site.kv_heads), dtype=torch.int32, device=site.device)
     with on_device(q.device):
         make = functools.partial(triton_launches.of_prepare, site)
-        run("prepare", aligned, make, out, do, lse, stats)
+        run("prepare", aligned, make, out, do, lse, stats, dead)
         if not code.folded or site.sums_rows_exactly:
             make = functools.partial(triton_launches.of_rows, site)
             run("rows", aligned, make, q, k, v, do, stats, seed, ptrs)
@@ -143,10 +146,9 @@ def backward(
                 run(f"uniform_dq{kind}", aligned, make, q, k, v, do, dq, *rest)
 
         sums = _capture_gradients(site, captures, add_up)
-        extra_k, extra_v = _dead_gradients(site, do, lse, aligned, q, k, v, stats, seed, ptrs)
-        extra = (extra_k, extra_v)
+        extra = (dead, *_dead_gradients(site, do, lse, aligned, dead, q, k, v, stats, seed, ptrs))
         for name, its_dk, its_dv in site.passes_over_keys(dk, dv):
-            make = functools.partial(triton_launches.of_dkdv, site, its_dk, its_dv, *extra, q_map)
+            make = functools.partial(triton_launches.of_dkdv, site, its_dk, its_dv, *extra[1:], q_map)
             run(name, aligned, make, q, k, v, do, its_dk, its_dv, stats, *extra, q_map, seed, ends, ptrs)
         totals = dict(zip(site.of_score, sums, strict=True))
         for i, gradient in _sink_gradients(site, captures, ints, lse, stats).items():
@@ -225,16 +227,27 @@ def _sink_gradients(
 
 
 def _dead_gradients(
-    site: Site, do: Tensor, lse: Tensor, aligned: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    site: Site,
+    do: Tensor,
+    lse: Tensor,
+    aligned: bool,
+    dead: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What dead rows add to dk and dv, float32, shaped like them; ``rest`` as in ``backward``."""
+    """What dead rows add to dk and dv, float32, shaped like them; ``rest`` as in ``backward``.
+
+    Where ``dead`` is 0, memory as it was.
+    """
     mode = site.program.dead_rows
-    if site.uniform or (mode == "mean" and site.dropout):
+    if site.visits_dead_rows:
         stats, seed, ptrs = rest
         stats = _stats_of_dead_rows(site, lse, stats)
         extra_k = do.new_empty(k.shape, dtype=torch.float32) if site.uniform else None
         extra_v = do.new_empty(v.shape, dtype=torch.float32)
-        tensors = (q, k, v, do, extra_k, extra_v, stats, None, None, None, seed, None, ptrs)
+        tensors = (q, k, v, do, extra_k, extra_v, stats, dead, None, None, None, seed, None, ptrs)
         make = functools.partial(triton_launches.of_dkdv, site, extra_k, extra_v, None, None, None, True)
         site.launches.run("uniform_dkdv", aligned, make, *tensors)
         return extra_k, extra_v + _nan_of_dead_rows(site, lse) if mode in NAN else extra_v

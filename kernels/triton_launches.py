@@ -102,7 +102,7 @@ def of_dead_rows(site: Site) -> Launch:
 def of_prepare(site: Site) -> Launch:
     bm = 64
     numbers = (
-        *(*site.strides[4], *site.strides[3], site.heads, site.q_len),
+        *(*site.strides[4], *site.strides[3], site.heads, site.group, site.q_len),
         *(site.v_dim, site.dv_pad, site.code.folded, bm),
     )
     programs = -(-site.q_len // bm) * site.batch * site.heads

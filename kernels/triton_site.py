@@ -259,6 +259,11 @@ class Site:
         return [("dkdv", dk, dv)]
 
     @property
+    def visits_dead_rows(self) -> bool:
+        """Whether a pass of its own has what dead rows add to dk and dv."""
+        return self.uniform or (self.averages and self.dropout)
+
+    @property
     def skips_ends(self) -> bool:
         """Whether the kernel of dq has the gradient of the ends of a table of indices."""
         table = self.code.table
