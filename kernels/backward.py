@@ -89,7 +89,7 @@ def backward_prepare(  # type: ignore[no-untyped-def]
     if FOLDED:
         lse = lse * LOG2E
     tl.store(Stats + rows * WIDTH, tl.where(dead, float("inf"), lse), mask=inside)
-    if Dead is not None:
+    if Dead is not None:  # noqa: SIM102 (known when compiled; the inner one is not)
         if tl.max(dead.to(tl.int32), 0) > 0:
             tl.atomic_max(Dead + bh // GROUP, 1, sem="relaxed")
 
@@ -322,8 +322,8 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program per (b, kv head, tile of BN keys); ``Map`` is the q_map.  DK or DV_ may be None.
 
-    ExtraK and ExtraV, float32 and shaped like dk and dv, are added to them.  Where there is a Dead, from
-    ``backward_prepare``, they hold nothing where it is 0, and there UNIFORM writes nothing.
+    ExtraK and ExtraV, float32 and shaped like dk and dv, are added to them.  Where there is a ``Dead``,
+    from ``backward_prepare``, they hold nothing where it is 0, and there UNIFORM writes nothing.
     """
     WIDTH: tl.constexpr = 2 if FOLDED else 4
     OF_K: tl.constexpr = DK is not None
@@ -445,7 +445,7 @@ def _store_rows(  # type: ignore[no-untyped-def]
     base, stride, value, extra_base, extra_stride, local, inside, has_extra, D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The rows of value [ROWS, D_PAD] that are inside, plus the extra ones there are, to a matrix of D columns."""
+    """The rows inside of value [ROWS, D_PAD], plus the extra ones there are, to a matrix of D columns."""
     d = tl.arange(0, D_PAD)
     used = (d < D)[None, :]
     if extra_base is not None:
@@ -556,7 +556,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def backward_dq(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, DQ, Stats, Map, Seed, Ends, ptrs, gptrs, nums, gnums,
+    Q, K, V, DOut, DQ, Stats, Dead, Map, Seed, Ends, ptrs, gptrs, nums, gnums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdqb, sdqh, sdqs,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -569,6 +569,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program per (b, h, tile of BM rows); ``Map`` is the kv_map.
 
+    UNIFORM writes dead rows alone, and leaves at once where ``Dead``, from ``backward_prepare``, is 0.
     If REFINES, the dS of a row sum to 0.  What they sum to instead, out being rounded, is added to delta,
     for the kernels that follow.  If TILE, the ends of a table of distances share an element each, with this
     SLOPE; what tiles of TILE × TILE that lie in them sum to is ADDed to its gradient.
@@ -579,6 +580,9 @@ def backward_dq(  # type: ignore[no-untyped-def]
     b = bh // H
     h = bh % H
     kvh = h // GROUP
+    if UNIFORM:  # noqa: SIM102 (known when compiled; the inner one is not)
+        if tl.load(Dead + bh // GROUP) == 0:
+            return
     first = tile * BM
     b64, h64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8
     first64 = first.to(tl.int64) * 8

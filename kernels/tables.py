@@ -3,8 +3,8 @@
     d table[.., d + c] = Σ over kv − q = d of dS · d score / d load
 
 Adding every element of dS to the table in memory would cost more than the attention.  Tiles on one
-diagonal of the scores have the same distances in the same places, so a kernel of its own walks diagonals, sums in
-registers, and adds one number for each distance; it computes dS anew for that.
+diagonal of the scores have the same distances in the same places, so a kernel of its own walks
+diagonals, sums in registers, and adds one number for each distance; it computes dS anew for that.
 """
 
 from __future__ import annotations
@@ -52,15 +52,14 @@ def _table_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sums_by_distance(x, TILE: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums of x [TILE, TILE] over j − i = d, and all d from 1 − TILE to TILE, both [1, 2 TILE]."""
-    offsets = tl.arange(0, 2 * TILE)[None, :] + (1 - TILE)
-    column = tl.arange(0, TILE)[:, None] + offsets
+def _sums_by_distance(x, offsets, TILE: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[TILE]: the sums of x [TILE, TILE] over j − i = d, for each d of ``offsets``."""
+    column = tl.arange(0, TILE)[:, None] + offsets[None, :]
     inside = (column >= 0) & (column < TILE)
     skewed = tl.gather(x, tl.where(inside, column, 0), 1)
     if PRECISION == "ieee":
         skewed = skewed.to(tl.float64)
-    return tl.sum(tl.where(inside, skewed, 0.0), 0)[None, :], offsets
+    return tl.sum(tl.where(inside, skewed, 0.0), 0)
 
 
 @triton.jit(
@@ -144,12 +143,14 @@ def backward_table(  # type: ignore[no-untyped-def]
         total, low_total = sum_up(total, low_total, of_tile)
     if end > begin:
         # In memory, additions at one place wait for each other: one for each distance.
-        sums, offsets = _sums_by_distance(total, TILE, PRECISION)
-        distances = (first_kv - first_q) * TILE + offsets
-        # Any pair at a distance is at its place; where no pair is, nothing was summed.
-        at_q = tl.minimum(tl.maximum(-distances, 0), Sq - 1)
-        at_kv = tl.minimum(tl.maximum(distances, 0), Skv - 1)
-        ADD(sums, sums, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
+        for side in tl.static_range(2):
+            offsets = local + (side * TILE - TILE + 1)
+            sums = _sums_by_distance(total, offsets, TILE, PRECISION)[None, :]
+            distances = ((first_kv - first_q) * TILE + offsets)[None, :]
+            # Any pair at a distance is at its place; where no pair is, nothing was summed.
+            at_q = tl.minimum(tl.maximum(-distances, 0), Sq - 1)
+            at_kv = tl.minimum(tl.maximum(distances, 0), Skv - 1)
+            ADD(sums, sums, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
 
 
 @triton.jit(do_not_specialize=["table_r", "table_d", "length", "values_r", "values_d"])

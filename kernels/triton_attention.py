@@ -135,14 +135,14 @@ def backward(
         def add_up(kind: str, buffers: tuple[Tensor, ...]) -> None:
             """dq, and the captures' gradients into ``buffers``, of which there is one ``kind`` per launch."""
             make = functools.partial(triton_launches.of_dq, site, dq, kv_map, False)
-            rest = (stats, kv_map, seed, ends, ptrs, buffers)
+            rest = (stats, None, kv_map, seed, ends, ptrs, buffers)
             run(f"dq{kind}", aligned, make, q, k, v, do, dq, *rest)
             if site.sums_diagonals:
                 make = functools.partial(triton_launches.of_table, site)
                 run(f"table{kind}", aligned, make, q, k, v, do, stats, seed, ends, ptrs, buffers)
             if site.uniform:
                 make = functools.partial(triton_launches.of_dq, site, dq, None, True)
-                rest = (_stats_of_dead_rows(site, lse, stats), None, seed, None, ptrs, buffers)
+                rest = (_stats_of_dead_rows(site, lse, stats), dead, None, seed, None, ptrs, buffers)
                 run(f"uniform_dq{kind}", aligned, make, q, k, v, do, dq, *rest)
 
         sums = _capture_gradients(site, captures, add_up)

@@ -165,6 +165,9 @@ def of_dq(
 ) -> Launch:
     code = site.code
     config = config or site.config("dq")
+    if uniform:
+        # Most of these programs leave at once: room for many of them.
+        config = config._replace(stages=1, registers=None)
     accumulate = code.accumulate
     if site.is_constant or (uniform and site.program.dead_rows in SCORES_ONLY):
         accumulate = None
