@@ -17,7 +17,7 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import (
@@ -47,6 +47,14 @@ from flashfuse.kernels.printer import (
 from flashfuse.kernels.spec import ScoreProgram, conditions
 
 LOG2E = 1 / math.log(2)
+
+
+class PairSums(NamedTuple):
+    """A load whose gradient is summed for each pair first, at ``indices`` of a buffer of this type."""
+
+    load: Expr
+    indices: tuple[Expr, ...]
+    buffer: CaptureType
 
 
 @dataclass(frozen=True)
@@ -138,15 +146,16 @@ def generate(
     program: ScoreProgram,
     captures: tuple[CaptureType, ...],
     grads: tuple[tuple[int, CaptureType], ...] = (),
+    sums: tuple[PairSums, ...] = (),
     fold: bool = True,
     approximate: bool = False,
 ) -> Generated:
     """The functions of ``program`` over captures of these types.
 
     ``grads`` lists the captures of the score whose gradient is wanted, with the types of their buffers;
-    a sink's gradient is made on the host.  Without ``fold`` the scores are as exact as float32 allows, at
-    more cost: natural units, a precise tanh.  ``approximate``: what products of 16-bit numbers round away
-    may be rounded away here too (the tanh of the hardware, exact to 2^-11).
+    those of ``sums`` follow.  A sink's gradient is made on the host.  Without ``fold`` the scores are as
+    exact as float32 allows, at more cost: natural units, a precise tanh.  ``approximate``: what products of
+    16-bit numbers round away may be rounded away here too (the tanh of the hardware, exact to 2^-11).
     """
     tanh = "tanh_precise" if not fold else "tanh_approx" if approximate else "tanh"
     names = Names(program, captures, tanh, scatters=approximate)
@@ -159,7 +168,7 @@ def generate(
     functions.append(_function("mask_mod", mask, names) if mask is not None else "")
     functions.append(_function("sink_mod", program.sink, names) if program.sink is not None else "")
     functions.append(_function("dscore_mod", slope, names) if dscale is None else "")
-    loads = _wanted_loads(program, grads)
+    loads = _wanted_loads(program, grads, sums)
     functions.append(_accumulate_function("accumulate", program, loads, names) if grads else "")
     of_distance = [load for load in loads if is_of_distance(load.node)]
     if len(of_distance) == 1:
@@ -295,23 +304,29 @@ def render(name: str, parameters: str, lines: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Load:
-    """A load of a wanted capture: its buffer, by position, and the strides of that."""
+    """A load of a wanted capture: the buffer of its gradient, by position, indices and strides of that."""
 
     node: Expr
+    indices: Sequence[Expr]
     slot: int
     strides: list[str]
     wide: bool
 
 
-def _wanted_loads(program: ScoreProgram, grads: Sequence[tuple[int, CaptureType]]) -> list[_Load]:
-    found = []
+def _wanted_loads(
+    program: ScoreProgram, grads: Sequence[tuple[int, CaptureType]], sums: Sequence[PairSums]
+) -> list[_Load]:
+    found: dict[Expr, _Load] = {}
     position = 0
     for slot, (index, buffer) in enumerate(grads):
         strides, position = stride_texts(buffer, position, "gnums")
         capture = program.captures[index]
         nodes = (n for n in walk(program.score) if n.op == "load" and n.args[0] == capture)
-        found += [_Load(node, slot, strides, buffer.wide) for node in nodes]
-    return found
+        found.update((node, _Load(node, node.operands, slot, strides, buffer.wide)) for node in nodes)
+    for slot, (node, indices, buffer) in enumerate(sums, len(grads)):
+        strides, position = stride_texts(buffer, position, "gnums")
+        found[node] = _Load(node, indices, slot, strides, buffer.wide)
+    return list(found.values())
 
 
 def _is_of_distances_alone(condition: Expr) -> bool:
@@ -338,9 +353,9 @@ def _accumulate_function(name: str, program: ScoreProgram, loads: Sequence[_Load
 
 
 def _add(load: _Load, value: str, printer: Printer) -> None:
-    """Write the addition of a [q, kv] tile of gradients at the index of ``load``."""
-    offset = printer.offset(load.node.operands, load.strides, load.wide)
-    used = set().union(*(variables(i) for i in load.node.operands))
+    """Write the addition of a [q, kv] tile of gradients at the indices of ``load``."""
+    offset = printer.offset(load.indices, load.strides, load.wide)
+    used = set().union(*(variables(i) for i in load.indices))
     if "kv" not in used and "q" not in used:
         value = printer.emit(f"tl.sum(tl.sum({value}, 1), 0)")
     else:

@@ -178,6 +178,12 @@ def is_scattered(load: Expr) -> bool:
     return axis_of(load) == 2 and (is_of_distance(load) or not any(map(follows_keys, load.operands)))
 
 
+def shares_entries(load: Expr) -> bool:
+    """Scattered, and from one table for all batch entries, queries and keys: many pairs load one entry."""
+    of_positions = [i for i in load.operands if variables(i) & {"b", "q", "kv"}]
+    return is_scattered(load) and all(axis_of(i) == 2 and "b" not in variables(i) for i in of_positions)
+
+
 def follows_keys(index: Expr) -> bool:
     """One further with each key."""
 

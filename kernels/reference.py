@@ -91,6 +91,18 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
     return visit(e)
 
 
+def add_to_load(total: Tensor, load: Expr, env: Mapping[str, Value], gradient: Tensor) -> None:
+    """Add ``gradient``, of [B, H, Sq, Skv] or axes of 1, to ``total`` at the entries that ``load`` reads."""
+    places = [as_tensor(evaluate(i, env), gradient.device) for i in load.operands]
+    shape = torch.broadcast_shapes(*(p.shape for p in places))
+    shape = (1,) * (4 - len(shape)) + tuple(shape)
+    # Summed first over what the index does not depend on, so that few elements are scattered.
+    axes = [axis for axis, n in enumerate(shape) if n == 1 and gradient.shape[axis] > 1]
+    summed = gradient.sum(axes, keepdim=True) if axes else gradient
+    at = tuple(p.expand(shape) for p in places)
+    total.index_put_(at, summed.to(total.dtype).expand(shape), accumulate=True)
+
+
 def as_tensor(value: Value, device: torch.device | None, dtype: torch.dtype | None = None) -> Tensor:
     """``value`` as a tensor, made on ``device``: a CUDA graph can record it, a copy of a number not."""
     if isinstance(value, Tensor):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import walk
-from flashfuse.kernels.reference import Value, as_tensor, environment, evaluate
+from flashfuse.kernels.reference import Value, add_to_load, as_tensor, environment, evaluate
 from flashfuse.kernels.spec import ScoreProgram
 
 Sizes = tuple[int, int, int, int]
@@ -69,14 +69,7 @@ def gradients(
         total = found.setdefault(name, torch.zeros(named[name].shape, dtype=delta.dtype, device=delta.device))
         by_load = as_tensor(evaluate(derivative(program.sink, load), env), delta.device)
         gradient = torch.where(slope == 0, 0, slope * by_load)
-        places = [as_tensor(evaluate(i, env), delta.device) for i in load.operands]
-        shape = torch.broadcast_shapes(*(p.shape for p in places))
-        shape = (1,) * (4 - len(shape)) + tuple(shape)
-        # Summed first over what the index does not depend on, so that few elements are scattered.
-        axes = [axis for axis, n in enumerate(shape) if n == 1 and gradient.shape[axis] > 1]
-        summed = gradient.sum(axes, keepdim=True) if axes else gradient
-        at = tuple(p.expand(shape) for p in places)
-        total.index_put_(at, summed.to(total.dtype).expand(shape), accumulate=True)
+        add_to_load(total, load, env, gradient)
     return found
 
 

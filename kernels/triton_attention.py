@@ -17,6 +17,7 @@ from flashfuse.kernels import dropout, sinks, triton_launches
 from flashfuse.kernels.device_math import is_interpreted
 from flashfuse.kernels.launch import Launch, launch, on_device
 from flashfuse.kernels.layout import is_aligned
+from flashfuse.kernels.reference import add_to_load, environment
 from flashfuse.kernels.spec import NAN, ScoreProgram
 from flashfuse.kernels.triton_site import Site, threshold
 
@@ -135,17 +136,17 @@ def backward(
         def add_up(kind: str, buffers: tuple[Tensor, ...]) -> None:
             """dq, and the captures' gradients into ``buffers``, of which there is one ``kind`` per launch."""
             make = functools.partial(triton_launches.of_dq, site, dq, kv_map, False)
-            rest = (stats, None, kv_map, seed, ends, ptrs, buffers)
-            run(f"dq{kind}", aligned, make, q, k, v, do, dq, *rest)
+            tensors = q, k, v, do, dq
+            run(f"dq{kind}", aligned, make, *tensors, stats, None, kv_map, seed, ends, ptrs, buffers)
             if site.sums_diagonals:
                 make = functools.partial(triton_launches.of_table, site)
                 run(f"table{kind}", aligned, make, q, k, v, do, stats, seed, ends, ptrs, buffers)
             if site.uniform:
                 make = functools.partial(triton_launches.of_dq, site, dq, None, True)
-                rest = (_stats_of_dead_rows(site, lse, stats), dead, None, seed, None, ptrs, buffers)
-                run(f"uniform_dq{kind}", aligned, make, q, k, v, do, dq, *rest)
+                its = _stats_of_dead_rows(site, lse, stats)
+                run(f"uniform_dq{kind}", aligned, make, *tensors, its, dead, None, seed, None, ptrs, buffers)
 
-        sums = _capture_gradients(site, captures, add_up)
+        sums = _capture_gradients(site, captures, ints, add_up)
         extra = (dead, *_dead_gradients(site, do, lse, aligned, dead, q, k, v, stats, seed, ptrs))
         for name, its_dk, its_dv in site.passes_over_keys(dk, dv):
             make = functools.partial(triton_launches.of_dkdv, site, its_dk, its_dv, *extra[1:], q_map)
@@ -175,7 +176,10 @@ def dropout_mask(seed: Tensor, dropout_p: float, sizes: tuple[int, int, int, int
 
 
 def _capture_gradients(
-    site: Site, captures: Sequence[Tensor], add_up: Callable[[str, tuple[Tensor, ...]], None]
+    site: Site,
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    add_up: Callable[[str, tuple[Tensor, ...]], None],
 ) -> list[Tensor]:
     """Gradients of ``of_score``; ``add_up``, which works out dq, adds to two buffers for each.
 
@@ -185,25 +189,40 @@ def _capture_gradients(
     pass, of the scale that the largest term of the first gives.  A NaN or infinite term makes the whole
     gradient NaN then.
     """
-    like = [captures[i] for i in site.of_score]
+    sizes = site.gradient_sizes
     scores = site.batch * site.heads * site.q_len * site.kv_len
-    if not like or not torch.are_deterministic_algorithms_enabled():
+    if not sizes or not torch.are_deterministic_algorithms_enabled():
         sums = []
-        for c in like:
-            doubled = site.precision == "ieee" and c.numel() < scores
+        for shape in sizes:
+            doubled = site.precision == "ieee" and math.prod(shape) < scores
             dtype = torch.float64 if doubled else torch.float32
-            sums.append(torch.zeros(c.shape, dtype=dtype, device=site.device))
+            sums.append(torch.zeros(shape, dtype=dtype, device=site.device))
         add_up("", tuple(t for s in sums for t in (s, s)))
-        return sums
-    bits = torch.zeros(len(like), dtype=torch.int32, device=site.device)
-    add_up("_largest", tuple(t for i in range(len(like)) for t in (bits[i:], bits[i:])))
+        return _with_sums_by_pair(site, captures, ints, sums)
+    bits = torch.zeros(len(sizes), dtype=torch.int32, device=site.device)
+    add_up("_largest", tuple(t for i in range(len(sizes)) for t in (bits[i:], bits[i:])))
     # So many terms of the largest magnitude stay below 2^62.
     _, exponents = torch.frexp(bits.view(torch.float32))
     scales = torch.ldexp(torch.ones_like(bits, dtype=torch.float32), 62 - scores.bit_length() - exponents)
     scales = torch.where(bits.view(torch.float32).isfinite(), scales.clamp(max=2.0**126), float("nan"))
-    wholes = [torch.zeros(c.shape, dtype=torch.int64, device=site.device) for c in like]
+    wholes = [torch.zeros(shape, dtype=torch.int64, device=site.device) for shape in sizes]
     add_up("_exact", tuple(t for i, w in enumerate(wholes) for t in (w, scales[i:])))
-    return [(w.double() / scale).float() for w, scale in zip(wholes, scales, strict=True)]
+    sums = [(w.double() / scale).float() for w, scale in zip(wholes, scales, strict=True)]
+    return _with_sums_by_pair(site, captures, ints, sums)
+
+
+def _with_sums_by_pair(
+    site: Site, captures: Sequence[Tensor], ints: Sequence[int], sums: list[Tensor]
+) -> list[Tensor]:
+    """``sums`` of the captures, once those by pair, which follow them, are added to them."""
+    count = len(site.of_score)
+    if site.sums:
+        sizes = (site.batch, site.heads, site.q_len, site.kv_len)
+        env = environment(site.program, captures, ints, sizes, site.device)
+        for (load, *_), by_pair in zip(site.sums, sums[count:], strict=True):
+            capture = site.program.captures.index(load.args[0])
+            add_to_load(sums[site.of_score.index(capture)], load, env, by_pair.sum(0, keepdim=True))
+    return sums[:count]
 
 
 def _sink_gradients(

@@ -14,19 +14,23 @@ import torch
 from torch import Tensor
 
 from flashfuse.kernels import autotune, block_map, configs, decode, tables
-from flashfuse.kernels.codegen import LOG2E, Generated, generate
+from flashfuse.kernels.codegen import LOG2E, Generated, PairSums, generate
 from flashfuse.kernels.device_math import is_interpreted
-from flashfuse.kernels.expr import walk
+from flashfuse.kernels.expr import Expr, const, mod, var, variables, walk
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO
 from flashfuse.kernels.interval import needs_elements
 from flashfuse.kernels.launch import Launch, Launches
 from flashfuse.kernels.layout import bshd, fits, is_aligned, is_describable, padded, strides_of, typed
 from flashfuse.kernels.ops import BLOCK
-from flashfuse.kernels.printer import axis_of, is_scattered
+from flashfuse.kernels.printer import axis_of, is_of_distance, is_scattered, shares_entries
 from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, ScoreProgram, differentiable_loads
 
 FEWEST_SCORES_DESCRIBED = 2**24
 """From which on the tensor memory accelerator brings tiles: its descriptors cost the host microseconds."""
+MOST_PAIRS = 2**22
+"""Of heads, queries and keys: up to there sums may take a float for each."""
+SPREAD = 2**20
+"""So many sums keep the memory's units for additions busy."""
 SHORTEST_WITH_ENDS = 512
 """Keys, from which on tiles are looked for in which a table of distances is one number."""
 
@@ -78,12 +82,19 @@ class Site:
         of_sink = frozenset() if program.sink is None else differentiable_loads(program.sink)
         self.of_sink = tuple(i for i in wanted if program.captures[i] in of_sink)
         self.of_score = tuple(i for i in wanted if program.captures[i] not in of_sink - of_score)
-        buffers = [torch.empty(captures[i].shape, device="meta") for i in self.of_score]
+        summed = self._summed_by_pair()
+        self.gradient_sizes = [tuple(captures[i].shape) for i in self.of_score]
+        self.gradient_sizes += [sizes for *_, sizes in summed]
+        buffers = [torch.empty(sizes, device="meta") for sizes in self.gradient_sizes]
         buffer_types, buffer_numbers = typed(buffers)
         self.gnums = tuple(n for s in buffer_numbers for n in s)
-        grads = tuple(zip(self.of_score, buffer_types, strict=True))
+        count = len(self.of_score)
+        grads = tuple(zip(self.of_score, buffer_types[:count], strict=True))
+        types_of_sums = zip(summed, buffer_types[count:], strict=True)
+        self.sums = tuple(PairSums(load, at, kind) for (load, at, _), kind in types_of_sums)
         approximate = self.itemsize == 2 and not is_interpreted()
-        self.code: Generated = generate(self.program, types, grads, self.precision != "ieee", approximate)
+        fold = self.precision != "ieee"
+        self.code: Generated = generate(self.program, types, grads, self.sums, fold, approximate)
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
         self.launches = Launches(self.tuned if tune else None)
         self.capability = _major_capability(q.device)
@@ -104,6 +115,30 @@ class Site:
         loads = {n for n in walk(self.program.score) if n.op == "load" and axis_of(n) == 2}
         places = {n: self.program.captures.index(n.args[0]) for n in loads if not is_scattered(n)}
         return sum(captures[i].element_size() for i in places.values())
+
+    def _summed_by_pair(self) -> list[tuple[Expr, tuple[Expr, ...], tuple[int, ...]]]:
+        """Loads whose gradient is summed by pair first: the indices and the sizes of those sums.
+
+        Where few entries are added to by many pairs of many batch entries, the device works on one at a time.
+        Entries of the batch share a few sums, so that not all add to the same.
+        """
+        names = {self.program.captures[i] for i in self.of_score}
+        loads = [n for n in walk(self.program.score) if n.op == "load" and n.args[0] in names]
+        if sum(map(is_of_distance, loads)) == 1:
+            # It has a kernel of its own.
+            loads = [load for load in loads if not is_of_distance(load)]
+        found: list[tuple[Expr, tuple[Expr, ...], tuple[int, ...]]] = []
+        for load in filter(shares_entries, loads):
+            heads = self.heads if "h" in variables(load) else 1
+            pairs = heads * self.q_len * self.kv_len
+            if not 0 < pairs <= MOST_PAIRS:
+                continue
+            most = min(self.batch, max(1, SPREAD // pairs), 64)
+            copies = 1 << (most.bit_length() - 1)
+            of_head = var("h") if heads > 1 else const(0)
+            at = (mod(var("b"), const(copies)), of_head, var("q"), var("kv"))
+            found.append((load, at, (copies, heads, self.q_len, self.kv_len)))
+        return found
 
     def rows(self, t: Tensor, position: int, described: bool = False) -> Tensor:
         """``t`` as the kernels read it: copied if its layout, or for a descriptor its address, is not fit."""

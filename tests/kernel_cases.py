@@ -68,6 +68,11 @@ def hostile_bias(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
     return [bias]
 
 
+def looked_up(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
+    """[9, H], and [Sq, Skv] places in it, some from its end."""
+    return [torch.randn(9, h), torch.randint(-9, 9, (sq, skv))]
+
+
 def sinks(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
     """[H]"""
     return [torch.randn(h)]

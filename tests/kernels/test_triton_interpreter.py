@@ -41,8 +41,13 @@ CASES = """
     dict(program="s*0.158 + bias[b, 0, q, kv]", sizes=(2, 2, 33, 40), captures=hostile_bias),
     dict(program="s*0.158 + slope[h]*(kv - q)", sizes=(1, 2, 33, 40), captures=lambda *n: [torch.rand(n[1])],
          grads=(0,), dtype=torch.float16, dropout_p=0.1, aux=True),
-    dict(program="s*0.158 + t[where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv]), h]", sizes=(1, 2, 33, 40),
-         captures=lambda b, h, sq, skv: [torch.randn(9, h), torch.randint(-9, 9, (sq, skv))], grads=(0,)),
+    dict(program="s*0.158 + t[where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv]), h]", sizes=(3, 2, 33, 40),
+         captures=looked_up, grads=(0,)),
+    dict(program="tanh(s*0.158)*t[i[q, kv]] + e[h] where kv <= q", sizes=(2, 3, 33, 40), dtype=torch.float16,
+         captures=lambda b, h, sq, skv: [torch.randn(9), torch.randint(0, 9, (sq, skv)), torch.randn(h)],
+         grads=(0, 2), dropout_p=0.1),
+    dict(program="s*0.158 + t[h, kv - q + Sq - 1] + u[kv - q + Sq - 1]", sizes=(2, 2, 33, 40), grads=(0, 1),
+         captures=lambda b, h, sq, skv: [torch.randn(h, sq + skv - 1), torch.randn(sq + skv - 1)]),
     *(dict(program="s*0.158 + bias[h]", sizes=(1, 2, 33, 1), captures=lambda *n: [torch.rand(n[1])],
            grads=(0,), aux=aux) for aux in (False, True)),
     dict(program="s*x[b, kv // 3]*0.1 where doc[b, q] == doc[b, kv] else zero", sizes=(2, 2, 33, 33),
@@ -147,10 +152,12 @@ for case in [
     dict(program="s*0.158 + slope[h]*(kv - q)", sizes=(2, 2, 20, 33), captures=sinks),
     dict(program="s*0.158 + t[h, kv - q + Sq - 1] where kv <= q and pad[b, kv] else uniform",
          sizes=(2, 2, 20, 20), captures=lambda *n: [*table(*n), *left_pad(*n)]),
+    dict(program="s*0.158 + t[where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv]), h]", sizes=(3, 2, 20, 33),
+         captures=looked_up),
 ]:
     case = Case(**case, grads=(0,), dims=(16, 16))
     attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
-""", 3),
+""", 4),
     # What dk and dv are computed with: out, being rounded, is not enough for it.
     "delta": ("""
 def exact_delta(case):
