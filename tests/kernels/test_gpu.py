@@ -11,6 +11,7 @@ from kernel_cases import (
     hostile_bias,
     hostile_sinks,
     left_pad,
+    looked_up,
     mostly_padding,
     right_pad,
     run_case,
@@ -85,6 +86,7 @@ PROGRAMS = [
         for tail in ("mean", "uniform", "nan", "zero")
     ),
     (f"{SCALE} + t[h]*(kv - q) where kv <= q sink t[h]*2.0", sinks, (0,)),
+    (f"{SCALE} + t[where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv]), h]", looked_up, (0,)),
 ]
 CAUSAL = PROGRAMS[1]
 ALIBI, DENSE = (next(p for p in PROGRAMS if name in p[0]) for name in ("slope", "bias[0, h"))
