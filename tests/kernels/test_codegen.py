@@ -9,7 +9,15 @@ from tolerance import assert_equal_under_rule
 from flashfuse.kernels import codegen
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import ONE, ZERO, S, const, load, parse, var
-from flashfuse.kernels.printer import CaptureType, Names, Printer, capture_type, kind_of, literal
+from flashfuse.kernels.printer import (
+    CaptureType,
+    Names,
+    Printer,
+    capture_type,
+    kind_of,
+    literal,
+    shares_entries,
+)
 from flashfuse.kernels.reference import evaluate
 from flashfuse.kernels.spec import ScoreProgram
 
@@ -160,3 +168,51 @@ def test_conditions_count_as_numbers_in_sums():
     printer.text(program.score)
     (total,) = [line for line in printer.lines if "(kv)" in line]
     assert total.count(".to(tl.int32)") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shared"),
+    [
+        ("t[i[q, kv], h]", True),
+        ("t[where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv])]", True),
+        ("t[h, kv - q + n]", True),
+        ("t[i[kv - q + n], h]", True),
+        ("t[h, q, i[q, kv]]", False),
+        ("t[b, i[q, kv]]", False),
+        ("t[i[b, q, kv], h]", False),
+        ("t[0, h, q, kv]", False),
+        ("t[h, kv]", False),
+        ("t[h]", False),
+    ],
+)
+def test_entries_are_shared_by_pairs_and_batch_entries_of_one_table(text, shared):
+    assert shares_entries(parse(text)) is shared
+
+
+def test_gradients_of_shared_entries_are_summed_by_pair_first():
+    pytest.importorskip("triton")
+    from flashfuse.kernels.triton_site import MOST_PAIRS, Site
+
+    def sizes(text, batch, length, *captures):
+        program = ScoreProgram.parse(text)
+        qkv = [torch.empty(batch, 4, length, 16, device="meta") for _ in range(3)]
+        wanted = tuple(i for i, c in enumerate(captures) if c.is_floating_point())
+        site = Site(qkv, captures, (), program, 0.0, wanted, with_dlse=False, tune=False)
+        return site.gradient_sizes
+
+    table, places = torch.empty(9, 4, device="meta"), torch.empty(20, 20, dtype=torch.long, device="meta")
+    text = "s + t[i[q, kv], h]"
+    assert sizes(text, 1, 20, table, places) == [(9, 4), (1, 4, 20, 20)]
+    # Batch entries take turns.
+    assert sizes(text, 9, 20, table, places) == [(9, 4), (8, 4, 20, 20)]
+    assert sizes("s + t[i[q, kv]]", 9, 20, table[:, 0], places) == [(9,), (8, 1, 20, 20)]
+    # One table of distances has a kernel of its own; two have not.
+    distances = torch.empty(4, 39, device="meta")
+    one = "s + u[h, kv - q + Sq - 1]"
+    assert sizes(one, 2, 20, distances) == [(4, 39)]
+    assert sizes(f"{one} + t[h, kv - q + Sq - 1]", 2, 20, distances, distances)[2:] == [(2, 4, 20, 20)] * 2
+    # So much memory is not taken.
+    length = int(MOST_PAIRS**0.5)
+    assert sizes(text, 2, length, table, torch.empty(length, length, dtype=torch.long, device="meta")) == [
+        (9, 4)
+    ]
