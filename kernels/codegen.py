@@ -345,9 +345,13 @@ def _accumulate_function(name: str, program: ScoreProgram, loads: Sequence[_Load
     """
     printer = Printer(names)
     for load in loads:
-        slope = printer.as_kind(derivative(program.score, load.node), "float")
-        # A weight of 0 has no part in it, even where the derivative overflows.
-        value = printer.emit("g" if slope == "1.0" else f"tl.where(g == 0.0, 0.0, g * {slope})")
+        slope = derivative(program.score, load.node)
+        text = printer.as_kind(slope, "float")
+        value = "g" if text == "1.0" else f"g * {text}"
+        if contains(slope, S) or not is_moderate(slope, names.kinds):
+            # A weight of 0 has no part in it, even where the derivative overflows.
+            value = f"tl.where(g == 0.0, 0.0, {value})"
+        value = printer.emit(value)
         _add(load, value, printer)
     return render(name, _GRADIENT_PARAMETERS, printer.lines or ["pass"])
 
