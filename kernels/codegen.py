@@ -43,6 +43,7 @@ from flashfuse.kernels.printer import (
     is_scattered,
     is_shifted,
     stride_texts,
+    table_of_distances,
 )
 from flashfuse.kernels.spec import ScoreProgram, conditions
 
@@ -170,9 +171,9 @@ def generate(
     functions.append(_function("dscore_mod", slope, names) if dscale is None else "")
     loads = _wanted_loads(program, grads, sums)
     functions.append(_accumulate_function("accumulate", program, loads, names) if grads else "")
-    of_distance = [load for load in loads if is_of_distance(load.node)]
-    if len(of_distance) == 1:
-        functions += _table_functions(program, of_distance[0], loads, names)
+    of_table = table_of_distances(load.node for load in loads)
+    if of_table is not None:
+        functions += _table_functions(program, of_table, loads, names)
     may_have_ends = fold and dscale is not None and dscale > 0
     with_ends = _load_with_ends(score, names) if may_have_ends else None
     line = _slopes(score) if may_have_ends and not folded else None
@@ -190,13 +191,13 @@ def generate(
     elif line is not None:
         ends = Ends(None, None, 0, module.ends_of_row)
     table = None
-    if len(of_distance) == 1:
+    if of_table is not None:
         optional = (getattr(module, name, None) for name in ("table_slope", "reach_mod", "accumulate_others"))
         slope_mod, reach, others = optional
         whole = reach is not None and all(map(_is_of_distances_alone, conditions(mask)))
-        has_ends = ends is not None and ends.values is not None and of_distance[0].node == load
+        has_ends = ends is not None and ends.values is not None and of_table == load
         # Where the ends are may depend on the rest of the score, too.
-        uses_b = "b" in variables(score if has_ends else of_distance[0].node)
+        uses_b = "b" in variables(score if has_ends else of_table)
         table = Table(slope_mod, module.table_add, reach, whole, others, uses_b, has_ends)
     return Generated(
         score=module.score_mod,
@@ -372,18 +373,18 @@ def _add(load: _Load, value: str, printer: Printer) -> None:
     printer.lines.append(f"add_gradient({buffer}, {scale}, {offset}, {value})")
 
 
-def _table_functions(program: ScoreProgram, table: _Load, loads: Sequence[_Load], names: Names) -> list[str]:
+def _table_functions(program: ScoreProgram, table: Expr, loads: Sequence[_Load], names: Names) -> list[str]:
     found = []
-    slope = derivative(program.score, table.node)
+    slope = derivative(program.score, table)
     if slope != const(1):
         found.append(_function("table_slope", slope, names))
     printer = Printer(names)
-    _add(table, "g", printer)
+    _add(next(load for load in loads if load.node == table), "g", printer)
     found.append(render("table_add", _GRADIENT_PARAMETERS, printer.lines))
     reach = [c for c in conditions(program.mask) if _is_of_distances_alone(c)]
     if reach:
         found.append(_function("reach_mod", logical_and(*reach), names))
-    others = [load for load in loads if load is not table]
+    others = [load for load in loads if load.node != table]
     if others:
         found.append(_accumulate_function("accumulate_others", program, others, names))
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,6 +196,12 @@ def follows_keys(index: Expr) -> bool:
 def is_of_distance(load: Expr) -> bool:
     """The index depends on q and kv, and only by their difference."""
     return axis_of(load) == 2 and is_shifted(load)
+
+
+def table_of_distances(loads: Iterable[Expr]) -> Expr | None:
+    """The one load of distances among ``loads``; ``None`` if there are more of them, or none."""
+    found = [load for load in loads if is_of_distance(load)]
+    return found[0] if len(found) == 1 else None
 
 
 def is_shifted(e: Expr) -> bool:

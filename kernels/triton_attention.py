@@ -147,10 +147,11 @@ def backward(
                 run(f"uniform_dq{kind}", aligned, make, *tensors, its, dead, None, seed, None, ptrs, buffers)
 
         sums = _capture_gradients(site, captures, ints, add_up)
-        extra = (dead, *_dead_gradients(site, do, lse, aligned, dead, q, k, v, stats, seed, ptrs))
+        extra = _dead_gradients(site, do, lse, aligned, dead, q, k, v, stats, seed, ptrs)
         for name, its_dk, its_dv in site.passes_over_keys(dk, dv):
-            make = functools.partial(triton_launches.of_dkdv, site, its_dk, its_dv, *extra[1:], q_map)
-            run(name, aligned, make, q, k, v, do, its_dk, its_dv, stats, *extra, q_map, seed, ends, ptrs)
+            make = functools.partial(triton_launches.of_dkdv, site, its_dk, its_dv, *extra, q_map)
+            tensors = q, k, v, do, its_dk, its_dv
+            run(name, aligned, make, *tensors, stats, dead, *extra, q_map, seed, ends, ptrs)
         totals = dict(zip(site.of_score, sums, strict=True))
         for i, gradient in _sink_gradients(site, captures, ints, lse, stats).items():
             totals[i] = totals[i] + gradient if i in totals else gradient

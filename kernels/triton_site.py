@@ -22,7 +22,7 @@ from flashfuse.kernels.interval import needs_elements
 from flashfuse.kernels.launch import Launch, Launches
 from flashfuse.kernels.layout import bshd, fits, is_aligned, is_describable, padded, strides_of, typed
 from flashfuse.kernels.ops import BLOCK
-from flashfuse.kernels.printer import axis_of, is_of_distance, is_scattered, shares_entries
+from flashfuse.kernels.printer import axis_of, is_scattered, shares_entries, table_of_distances
 from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, ScoreProgram, differentiable_loads
 
 FEWEST_SCORES_DESCRIBED = 2**24
@@ -124,14 +124,13 @@ class Site:
         """
         names = {self.program.captures[i] for i in self.of_score}
         loads = [n for n in walk(self.program.score) if n.op == "load" and n.args[0] in names]
-        if sum(map(is_of_distance, loads)) == 1:
-            # It has a kernel of its own.
-            loads = [load for load in loads if not is_of_distance(load)]
+        # That has a kernel of its own.
+        table = table_of_distances(loads)
         found: list[tuple[Expr, tuple[Expr, ...], tuple[int, ...]]] = []
         for load in filter(shares_entries, loads):
             heads = self.heads if "h" in variables(load) else 1
             pairs = heads * self.q_len * self.kv_len
-            if not 0 < pairs <= MOST_PAIRS:
+            if load == table or not 0 < pairs <= MOST_PAIRS:
                 continue
             most = min(self.batch, max(1, SPREAD // pairs), 64)
             copies = 1 << (most.bit_length() - 1)
