@@ -97,19 +97,22 @@ def backward_prepare(  # type: ignore[no-untyped-def]
 @triton.jit(
     do_not_specialize=[
         "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
-        "H", "GROUP", "Sq", "Skv", "threshold", "drop_scale",
+        "H", "GROUP", "Sq", "Skv", "map_b", "map_h", "row", "threshold", "drop_scale",
     ]
 )  # fmt: skip
 def backward_rows(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, Stats, Seed, ptrs, nums, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh,
-    sgs,
-    H, GROUP, Sq, Skv, threshold, drop_scale,
+    Q, K, V, DOut, Stats, Map, Seed, ptrs, nums,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
+    H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     EXACT: tl.constexpr, LINE: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Row sums again from the scores: norm = log2 of the weights' sum and, if EXACT, delta = Σ P dP.
+
+    One program per (b, h, tile of BM rows); ``Map`` is the kv_map.
 
     The sink's weight is in the sum, and has no dP.  Norm is 0 but for the rounding of lse.  It matters
     where lse cannot hold it: at a row maximum of −3.4e38 (a finite mask over every key) float32 drops
@@ -147,8 +150,13 @@ def backward_rows(  # type: ignore[no-untyped-def]
         k_base = K + b64 * skb + kvh64 * skh
         v_base = V + b64 * svb + kvh64 * svh
         total, total_low = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-        for i in range(0, (Skv + BN - 1) // BN):
-            start = tl.cast(i, tl.int32) * BN
+        num_tiles, partial, full, start = (Skv + BN - 1) // BN, 0, 0, 0
+        if MASK is not None:
+            Row = Map + b.to(tl.int64) * map_b + h.to(tl.int64) * map_h + (first // BLOCK).to(tl.int64) * row
+            partial, full, start = tl.load(Row), tl.load(Row + 1), tl.load(Row + 2) * BLOCK
+            num_tiles = (partial + full) * (BLOCK // BN)
+        for i in range(0, num_tiles):
+            start = tl.cast(start, tl.int32)
             offset = start.to(tl.int64) * 8
             columns = tl.arange(0, BN)
             k = load_rows(k_base + offset * sks, columns, sks, Skv - start, D, D_PAD, True)
@@ -158,11 +166,11 @@ def backward_rows(  # type: ignore[no-untyped-def]
                 x = s * SCALE
             else:
                 x = SCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
-            allowed = (start + columns < Skv)[None, :]
-            if MASK is not None:
-                allowed = allowed & MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
             p = _weights(x, lse[:, None], norm[:, None], Skv, FOLDED, False, PRECISION)
-            p = tl.where(allowed, p, 0.0)
+            p = tl.where((start + columns < Skv)[None, :], p, 0.0)
+            if MASK is not None:  # noqa: SIM102 (known when compiled; the inner one is not)
+                if i < partial * (BLOCK // BN):
+                    p = tl.where(MASK(b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums), p, 0.0)
             total, total_low = sum_up(total, total_low, tl.sum(p, 1))
             if EXACT:
                 v = load_rows(v_base + offset * svs, columns, svs, Skv - start, DV, DV_PAD, True)
@@ -171,6 +179,10 @@ def backward_rows(  # type: ignore[no-untyped-def]
                     keep = keep_draw(seed, bh, first, start, BM, BN) >= threshold
                     dp = tl.where(keep, dp * drop_scale, 0.0)
                 weighted, weighted_low = sum_up(weighted, weighted_low, tl.sum(p * dp, 1))
+            if MASK is not None:
+                start = tile_of_rest(Row, i + 1, partial, full, 0, 0, BN, BLOCK)
+            else:
+                start += BN
         if SINK is not None:
             sink = sink_of_rows(b, h, rows, Sq, Skv, ptrs, nums, SINK, FOLDED, BM)
             total += _weights(sink, lse, norm, Skv, FOLDED, False, PRECISION)

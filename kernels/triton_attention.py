@@ -127,8 +127,8 @@ def backward(
         make = functools.partial(triton_launches.of_prepare, site)
         run("prepare", aligned, make, out, do, lse, stats, dead)
         if not code.folded or site.sums_rows_exactly:
-            make = functools.partial(triton_launches.of_rows, site)
-            run("rows", aligned, make, q, k, v, do, stats, seed, ptrs)
+            make = functools.partial(triton_launches.of_rows, site, kv_map)
+            run("rows", aligned, make, q, k, v, do, stats, kv_map, seed, ptrs)
         if dlse is not None:
             stats[..., 1] -= torch.where(lse == float("-inf"), 0.0, dlse)
         ends = site.ends(captures, aligned)

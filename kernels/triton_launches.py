@@ -109,18 +109,18 @@ def of_prepare(site: Site) -> Launch:
     return Launch(backward_kernels.backward_prepare, programs, numbers)
 
 
-def of_rows(site: Site) -> Launch:
+def of_rows(site: Site, kv_map: Tensor | None) -> Launch:
     code = site.code
     config = site.config("dq")
     numbers = (
-        *(site.nums, *site.four_strides, *site.lengths, *site.drop),
+        *(site.nums, *site.four_strides, *site.lengths, *map_strides(kv_map), *site.drop),
         *(code.score, code.mask, code.sink, site.scale, code.folded),
         *(site.sums_rows_exactly, site.config("dk").bm if site.end_functions[2] else None, *site.dims),
-        *(site.dropout, site.precision, config.bm, config.bn),
+        *(BLOCK, site.dropout, site.precision, config.bm, config.bn),
     )
     programs = -(-site.q_len // config.bm) * site.batch * site.heads
-    kernel = backward_kernels.backward_rows
-    return _launch(site, kernel, programs, numbers, config._replace(stages=1, registers=None))
+    config = config._replace(stages=min(config.stages, 2), registers=None)
+    return _launch(site, backward_kernels.backward_rows, programs, numbers, config)
 
 
 def of_dkdv(
