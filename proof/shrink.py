@@ -41,6 +41,8 @@ _VALUES = (
 )
 """Operations whose numbers are positions only where their tensors are integers."""
 _FILLS = {"full", "new_full", "full_like", "tensor", "scalar_tensor", "fill"}
+_AS_IT_IS = dialect.CASTS | dialect.VIEWS
+"""Operations whose results have the values of their input."""
 
 
 @dataclass
@@ -104,12 +106,25 @@ class Shrink:
         """The arguments of ``node``, by place or by name, with sizes and positions replaced."""
         op = self.op(node)
         name = op.name if op is not None else ""
-        if name in ("tensor", "scalar_tensor") or (name in _VALUES and not _is_integral(node)):
+        if name in _VALUES and not _is_integral(node):
             return value
-        keeps = name in _FILLS
+        keeps = name in _FILLS and not self.is_position(node)
+        if keeps and name in ("tensor", "scalar_tensor"):
+            return value
         if isinstance(value, dict):
             return {key: x if keeps and type(x) is int else self._mapped(x) for key, x in value.items()}
         return tuple(x if keeps and type(x) is int else self._mapped(x) for x in value)
+
+    def is_position(self, node: fx.Node) -> bool:
+        """Whether a tensor of integers, however laid out, only meets integers."""
+        if not _is_integral(node):
+            return False
+        ops = [(user, self.op(user)) for user in node.users]
+        return all(
+            op is not None
+            and (self.is_position(user) if op.name in _AS_IT_IS else op.name in _VALUES and _is_integral(user))
+            for user, op in ops
+        )
 
     def _mapped(self, x: Any) -> Any:
         if type(x) is int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -103,6 +104,24 @@ def test_a_stored_index_fits_the_smaller_table():
 
     index = torch.randint(196, (196, 196))
     assert prove_site(planned(biased, *qkv(2, 4, 196, 16), torch.randn(4, 196), index)).ok
+
+
+@pytest.mark.parametrize("made", [torch.tensor, functools.partial(torch.full, ())])
+def test_a_tensor_of_one_position_is_as_the_number(made):
+    """As in DeBERTa-v2, whose table has as many rows as there are keys at its usual size."""
+
+    def bucketed(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
+        i = torch.arange(192)
+        distance = i[None, :] - i[:, None]
+        near = (distance < 40) & (distance > -40)
+        bucket = torch.where(near, made(30).type_as(distance), distance.abs()).clamp(0, 191)
+        scores = q @ k.mT / made(16).sqrt()
+        scores = scores + (q @ places.mT).gather(-1, bucket.expand(scores.shape))
+        return scores.softmax(-1) @ v
+
+    site = planned(bucketed, *qkv(2, 4, 192, 16), torch.randn(4, 192, 16))
+    certificate = prove_site(site)
+    assert certificate.ok and "Sq192" not in certificate.sizes.partition(" standing")[0]
 
 
 def test_a_stored_mask_is_laid_out_as_it_was():
