@@ -98,7 +98,9 @@ def _plan(site: AttentionRegion | NearMiss, kernels: dispatch.Kernels) -> SitePl
     if isinstance(site, NearMiss):
         return Left(site, site.reasons)
     device = nodes.value(site.output).device
-    devices = {device_of(c) for c in (*(o.node for o in site.operands), *_captured(site), *site.factors)}
+    devices = {device, *(nodes.value(n).device for n in (*(o.node for o in site.operands), *site.factors))}
+    # PyTorch reads indices and single numbers from the CPU's memory wherever the rest is; they are moved.
+    devices |= {device_of(c) for c in _captured(site)} - {torch.device("cpu")}
     if devices != {device}:
         return Left(
             site, (Reason("device", f"the site mixes devices: {', '.join(sorted(map(str, devices)))}"),)

@@ -26,7 +26,7 @@ from flashfuse.passes.indices import Index
 from flashfuse.passes.operands import Operand, digit, folded_heads_of
 from flashfuse.passes.plan import Fuse, Left, SitePlan
 from flashfuse.passes.region import AttentionRegion
-from flashfuse.passes.tables import Capture, Length, Table, arguments
+from flashfuse.passes.tables import Call, Capture, Length, Table, arguments
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -196,7 +196,7 @@ class Emitter:
         v = self.scaled(v, region, "v")
         if nodes.value(v).dtype != s.dtype:
             v = self.call("to", v, s.dtype)
-        captures = [self.capture(region.scope.captures[name]) for name in program.captures]
+        captures = [self.capture(region.scope.captures[name], q) for name in program.captures]
         holders = [(n, d) for n in (q, k, v, *captures) for d in range(len(nodes.shape(n)))]
         ints = [self.size(region.scope.ints[name], holders) for name in program.ints]
         maps: list[fx.Node] = []
@@ -255,7 +255,7 @@ class Emitter:
         with self.graph.inserting_before(first) if first is not None else contextlib.nullcontext():
             dropped = next((w for w in region.weights if w.dropped), None)
             q, k = self.queries_and_keys(region)
-            captures = [self.capture(region.scope.captures[name]) for name in program.captures]
+            captures = [self.capture(region.scope.captures[name], q) for name in program.captures]
             holders = [(n, d) for n in (q, k, *captures) for d in range(len(nodes.shape(n)))]
             ints = [self.size(region.scope.ints[name], holders) for name in program.ints]
             if dropped is not None:
@@ -291,19 +291,21 @@ class Emitter:
         if key not in self.maps:
             ints = [self.size(region.scope.ints[name], holders) for name in mask.ints]
             sizes = [self.size(n, holders) for n in (s.batch, s.num_q_heads, s.q_len, s.kv_len)]
-            captures = [self.capture(source) for source in sources]
+            captures = [self.capture(source, q) for source in sources]
             pair = self.call(torch.ops.flashfuse.block_map.default, captures, ints, q, *sizes, mask.text)
             self.maps[key] = [self.call(operator.getitem, pair, i) for i in (0, 1)]
         return self.maps[key]
 
-    def capture(self, capture: Capture) -> fx.Node:
-        """A captured tensor as the program indexes it; one without dimensions has a single element."""
+    def capture(self, capture: Capture, q: fx.Node) -> fx.Node:
+        """A captured tensor as the program indexes it, where q is; one without dimensions has one element."""
         if isinstance(capture, Table):
             node = self.made(capture.recipe)
             if nodes.value(node).dtype != capture.dtype:
                 raise NotEmittable(f"a table of {nodes.value(node).dtype} instead of {capture.dtype}")
-            return node
-        return capture if nodes.shape(capture) else self.call("reshape", capture, (1,))
+        else:
+            node = capture if nodes.shape(capture) else self.call("reshape", capture, (1,))
+        device = nodes.value(q).device
+        return node if nodes.value(node).device == device else self.made(Call("to", node, device))
 
     def made(self, x: Any) -> Any:
         """What a recipe makes: a node, or the number that a length is."""

@@ -117,14 +117,12 @@ class Shrink:
 
     def is_position(self, node: fx.Node) -> bool:
         """Whether a tensor of integers, however laid out, only meets integers."""
-        if not _is_integral(node):
-            return False
-        ops = [(user, self.op(user)) for user in node.users]
-        return all(
-            op is not None
-            and (self.is_position(user) if op.name in _AS_IT_IS else op.name in _VALUES and _is_integral(user))
-            for user, op in ops
-        )
+        return _is_integral(node) and all(map(self._meets_integers, node.users))
+
+    def _meets_integers(self, user: fx.Node) -> bool:
+        op = self.op(user)
+        name = op.name if op is not None else ""
+        return self.is_position(user) if name in _AS_IT_IS else name in _VALUES and _is_integral(user)
 
     def _mapped(self, x: Any) -> Any:
         if type(x) is int:
