@@ -10,7 +10,7 @@ are.  That the shrunk nodes still run, and to the expected shape, is checked by 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -169,17 +169,18 @@ def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int, symbols: S
     hints = _hints(site) if symbols == "hints" else {}
     numbers = {n for node in site for n in _numbers(node)}
     lengths = {n for n in (shape.q_len, shape.kv_len, *hints.values()) if isinstance(n, int)}
-    counted = _counted(site)
-    small = {n: m for n, m in _small(shape, site).items() if n not in lengths and n not in counted}
+    # Rows of a table are counted by arithmetic, of which products and sums are not seen here.
+    rows = {n for n in _rows(site) if KEPT <= n <= MAX_ROWS}
+    fixed = lengths | rows | _counted(site)
+    small = {n: m for n, m in _small(shape, site, products, fixed).items() if n not in fixed}
     rest = sorted(n for n in numbers | lengths if n >= KEPT and n not in small and n not in products)
     for n in rest:
         found = _as_sum(n, rest) if n not in sums else None
         if found is not None:
             sums[n] = found
     positions = tuple(n for n in rest if n not in sums)
-    # Rows of a table are counted by arithmetic, of which products and sums are not seen here.
-    rows = max((n for n in _rows(site) if n <= MAX_ROWS and n not in lengths), default=0)
-    kept = {n for n in numbers if KEPT <= n <= rows and (n not in small or n in counted)}
+    most = max(rows - lengths, default=0)
+    kept = {n for n in numbers if KEPT <= n <= most and n not in small}
     while True:
         made = Shrink(small, products, sums, positions, {}, kept, symbols == "hints")
         if symbols == "hints":
@@ -197,9 +198,18 @@ def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int, symbols: S
         kept |= set().union(*broken)
 
 
-def _small(shape: AttentionShape, site: Sequence[fx.Node]) -> dict[int, int]:
-    """Batch, heads and head dimensions become 2 or 3, unless the graph computes with sizes."""
-    wanted = [(shape.batch, 2), (shape.num_kv_heads, 3)]
+def _small(
+    shape: AttentionShape,
+    site: Sequence[fx.Node],
+    products: Mapping[int, tuple[int, ...]],
+    fixed: Container[int],
+) -> dict[int, int]:
+    """Batch, heads and head dimensions become 2 or 3, unless the graph computes with sizes.
+
+    Of a batch of windows the images do, or whatever of the product can.
+    """
+    batch = (n for n in products.get(shape.batch, (shape.batch,)) if n not in fixed and n not in products)
+    wanted = [(next(batch, 0), 2), (shape.num_kv_heads, 3)]
     if isinstance(shape.num_q_heads, int) and isinstance(shape.num_kv_heads, int):
         wanted.append((shape.gqa_group, 3))
     if not any(isinstance(nodes.value(n), int) for n in site):
@@ -234,11 +244,23 @@ def _rows(site: Sequence[fx.Node]) -> Iterator[int]:
         if op is None or op.name not in ("embedding", "getitem", "index", "gather", "index_select", "take"):
             continue
         source = op.args.get("weight", op.args.get("input"))
-        items = op.args.get("indices", op.args.get("index"))
-        items = items if isinstance(items, (tuple, list)) else (items,)
-        indexed = op.name == "embedding" or any(nodes.tensor(i) is not None for i in items)
-        if indexed and isinstance(source, fx.Node) and nodes.tensor(source) is not None:
-            yield from (n for n in nodes.shape(source) if isinstance(n, int))
+        if isinstance(source, fx.Node) and nodes.tensor(source) is not None:
+            sizes = nodes.shape(source)
+            yield from (n for n in (sizes[d] for d in _indexed(op, len(sizes))) if isinstance(n, int))
+
+
+def _indexed(op: dialect.Op, rank: int) -> Sequence[int]:
+    """The dimensions of a tensor of ``rank`` that an operation indexes by integer tensors."""
+    if op.name == "embedding":
+        return (0,)
+    if "dim" in op.args:
+        return (op.args["dim"],)
+    items = op.args.get("indices", op.args.get("index"))
+    items = items if isinstance(items, (tuple, list)) else (items,)
+    tensors = [d for d, item in enumerate(items) if nodes.tensor(item) is not None]
+    if not tensors or op.name == "take" or any(item is None or item is ... for item in items):
+        return range(rank) if tensors else ()
+    return tensors
 
 
 def _drawn(

@@ -106,6 +106,27 @@ def test_a_stored_index_fits_the_smaller_table():
     assert prove_site(planned(biased, *qkv(2, 4, 196, 16), torch.randn(4, 196), index)).ok
 
 
+def windows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """As in Swin: every image has the masks of its windows."""
+    n, heads, length = q.shape[0], q.shape[1], q.shape[2]
+    scores = (q @ k.mT * 0.25).view(n // 16, 16, heads, length, length) + mask[None, :, None]
+    return scores.view(-1, heads, length, length).softmax(-1) @ v
+
+
+def test_the_images_of_a_batch_of_windows_become_fewer():
+    certificate = prove_site(planned(windows, *qkv(512, 2, 9, 16), torch.randn(16, 9, 9)))
+    assert certificate.ok and certificate.sizes.startswith("B32 ")
+
+
+def test_the_batch_may_be_as_large_as_a_table():
+    def biased(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        i = torch.arange(100)
+        bias = F.embedding((i[None, :] - i[:, None]).clamp(-15, 15) + 16, table)
+        return (q @ k.mT * 0.25 + bias.permute(2, 0, 1)).softmax(-1) @ v
+
+    assert prove_site(planned(biased, *qkv(32, 4, 100, 16), torch.randn(32, 4))).ok
+
+
 @pytest.mark.parametrize("made", [torch.tensor, functools.partial(torch.full, ())])
 def test_a_tensor_of_one_position_is_as_the_number(made):
     """As in DeBERTa-v2, whose table has as many rows as there are keys at its usual size."""
