@@ -238,7 +238,7 @@ def _places(program: ScoreProgram) -> Iterator[int]:
 
 
 def _rows(site: Sequence[fx.Node]) -> Iterator[int]:
-    """Sizes of dimensions that are indexed by integer tensors."""
+    """Sizes of dimensions that are indexed by integer tensors, other than by ranges."""
     for node in site:
         op = dialect.read(node)
         if op is None or op.name not in ("embedding", "getitem", "index", "gather", "index_select", "take"):
@@ -246,21 +246,33 @@ def _rows(site: Sequence[fx.Node]) -> Iterator[int]:
         source = op.args.get("weight", op.args.get("input"))
         if isinstance(source, fx.Node) and nodes.tensor(source) is not None:
             sizes = nodes.shape(source)
-            yield from (n for n in (sizes[d] for d in _indexed(op, len(sizes))) if isinstance(n, int))
+            for d, index in _indexed(op, len(sizes)):
+                if isinstance(sizes[d], int) and not _is_range(index):
+                    yield sizes[d]
 
 
-def _indexed(op: dialect.Op, rank: int) -> Sequence[int]:
-    """The dimensions of a tensor of ``rank`` that an operation indexes by integer tensors."""
+def _indexed(op: dialect.Op, rank: int) -> Iterator[tuple[int, fx.Node]]:
+    """The dimensions of a tensor of ``rank`` that integer tensors index, as far as that is known."""
     if op.name == "embedding":
-        return (0,)
-    if "dim" in op.args:
-        return (op.args["dim"],)
+        yield 0, op.input
+        return
     items = op.args.get("indices", op.args.get("index"))
     items = items if isinstance(items, (tuple, list)) else (items,)
-    tensors = [d for d, item in enumerate(items) if nodes.tensor(item) is not None]
-    if not tensors or op.name == "take" or any(item is None or item is ... for item in items):
-        return range(rank) if tensors else ()
-    return tensors
+    tensors = [(d, item) for d, item in enumerate(items) if nodes.tensor(item) is not None]
+    if "dim" in op.args:
+        yield from ((op.args["dim"], index) for _, index in tensors)
+    elif op.name == "take" or any(item is None or item is ... for item in items):
+        yield from ((d, index) for _, index in tensors for d in range(rank))
+    else:
+        yield from tensors
+
+
+def _is_range(index: fx.Node) -> bool:
+    """Whether ``index`` is an ``arange`` in any layout; it shrinks with what it indexes."""
+    op = dialect.read(index)
+    if op is None or op.name not in dialect.VIEWS | {"getitem"}:
+        return op is not None and op.name == "arange"
+    return isinstance(op.input, fx.Node) and _is_range(op.input)
 
 
 def _drawn(

@@ -118,6 +118,18 @@ def test_the_images_of_a_batch_of_windows_become_fewer():
     assert certificate.ok and certificate.sizes.startswith("B32 ")
 
 
+def test_a_batch_that_a_range_indexes_becomes_smaller():
+    """As in every mask that transformers makes."""
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        b, j = torch.arange(300), torch.arange(40)
+        seen = mask[b[:, None, None, None], j[None, None, None, :]]
+        return (q @ k.mT * 0.25).masked_fill(~seen, -math.inf).softmax(-1) @ v
+
+    certificate = prove_site(planned(padded, *qkv(300, 2, 40, 16), torch.ones(300, 40, dtype=torch.bool)))
+    assert certificate.ok and not certificate.sizes.startswith("B300 ")
+
+
 def test_the_batch_may_be_as_large_as_a_table():
     def biased(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         i = torch.arange(100)
