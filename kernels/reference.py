@@ -92,15 +92,19 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
 
 
 def add_to_load(total: Tensor, load: Expr, env: Mapping[str, Value], gradient: Tensor) -> None:
-    """Add ``gradient``, of [B, H, Sq, Skv] or axes of 1, to ``total`` at the entries that ``load`` reads."""
+    """Add ``gradient``, of [B, H, Sq, Skv] or axes of 1, to the contiguous ``total`` where ``load`` reads."""
     places = [as_tensor(evaluate(i, env), gradient.device) for i in load.operands]
     shape = torch.broadcast_shapes(*(p.shape for p in places))
     shape = (1,) * (4 - len(shape)) + tuple(shape)
     # Summed first over what the index does not depend on, so that few elements are scattered.
     axes = [axis for axis, n in enumerate(shape) if n == 1 and gradient.shape[axis] > 1]
     summed = gradient.sum(axes, keepdim=True) if axes else gradient
-    at = tuple(p.expand(shape) for p in places)
-    total.index_put_(at, summed.to(total.dtype).expand(shape), accumulate=True)
+    # Not by ``index_put_``, which sorts, and then adds one by one what shares an entry.
+    at = torch.zeros((), dtype=torch.int64, device=gradient.device)
+    for place, n, stride in zip(places, total.shape, total.stride(), strict=True):
+        at = at + place % n * stride
+    terms = summed.to(total.dtype).expand(shape).reshape(-1)
+    total.view(-1).scatter_add_(0, at.expand(shape).reshape(-1), terms)
 
 
 def as_tensor(value: Value, device: torch.device | None, dtype: torch.dtype | None = None) -> Tensor:

@@ -111,7 +111,9 @@ def _computed(tree: Form | Stored) -> bool:
 
 def _element_of_table(tree: Tree, node: fx.Node, positions: Sequence[Expr], lift: Lift) -> Element:
     axes = Axes.of(positions, lift)
-    return Element(Writer(axes, lift, nodes.value(node).device).table(tree, node), axes.index(), node)
+    # Where the user computes it: another device may round differently.
+    device = nodes.value(tree.node).device
+    return Element(Writer(axes, lift, device).table(tree, node), axes.index(), node)
 
 
 def _looked_up(tree: Tree, lift: Lift) -> Element | None:
@@ -216,9 +218,11 @@ class _Reader:
     def _read(self, node: fx.Node, op: Op, index: Index) -> Tree | None:
         if op.name in dialect.CASTS:
             before, after = nodes.tensor(op.input), nodes.tensor(node)
-            if before is None or after is None or before.device != after.device:
+            if before is None or after is None:
                 return None
             inner = self.tree(op.input, index)
+            if before.device != after.device and (before.device.type != "cpu" or isinstance(inner, Stored)):
+                return None
             return inner if before.dtype == after.dtype else Step(node, "to", (inner, after.dtype), {})
         if op.name == "dropout" and (op.get("training", True) is False or op.get("p", 0.5) == 0):
             return self.tree(op.input, index)

@@ -113,6 +113,9 @@ class Writer:
             if nodes.value(tree.node).device != self.device:
                 raise NotCondensable("a tensor on another device")
             return Call(operator.getitem, tree.node, tuple(self.position(i) for i in tree.at))
+        own = nodes.value(tree.node)
+        if own.ndim and own.device != self.device:
+            raise NotCondensable("an operation on another device")
         return Call(tree.target, *self.given(tree.args), **self.given(tree.kwargs))
 
     def given(self, x: Any) -> Any:

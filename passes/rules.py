@@ -21,6 +21,7 @@ from flashfuse.passes.dialect import Op
 from flashfuse.passes.formulas import FORMULAS
 from flashfuse.passes.indices import Index, NotLiftable, dimension, source_index
 from flashfuse.passes.nodes import Size, same, shape, size_of
+from flashfuse.passes.tables import Table
 
 if TYPE_CHECKING:
     from flashfuse.passes.lift import Lift
@@ -421,7 +422,9 @@ def _triangle(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
 @_rule("to", "to_copy", "type_as", "float", "double", "half", "bfloat16", "bool", "long", "int")
 def _cast(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     before, after = nodes.tensor(op.input), nodes.tensor(node)
-    if before is None or after is None or before.device != after.device:
+    if before is None or after is None:
+        raise NotLiftable("a cast of something that is no dense tensor")
+    if before.device != after.device and not _is_computed_on_cpu(lift, op.input, index):
         raise NotLiftable("a copy to another device")
     a = lift.element(op.input, index)
     if after.dtype == before.dtype:
@@ -433,6 +436,15 @@ def _cast(lift: Lift, node: fx.Node, op: Op, index: Index) -> Expr:
     if before.dtype == torch.bool and not a.is_const:
         return E.where(a, const(1), const(0))
     return _rounded(a, after.dtype) if after.dtype.is_floating_point else a
+
+
+def _is_computed_on_cpu(lift: Lift, node: fx.Node, index: Index) -> bool:
+    """Whether the CPU has it from positions and tables alone, so that nothing as large need be copied."""
+    probe = lift.copy()
+    loads = (n.args[0] for n in E.walk(probe.element(node, index)) if n.op == "load")
+    return nodes.value(node).device.type == "cpu" and all(
+        isinstance(probe.scope.captures.get(name), Table) for name in loads
+    )
 
 
 def _held(node: fx.Node, e: Expr) -> Expr:

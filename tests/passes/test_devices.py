@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from flashfuse import pipeline
@@ -33,6 +34,19 @@ def shifted(q, k, v, slope):
 
 def capped(q, k, v, cap):
     return torch.softmax(torch.tanh(q @ k.mT / cap) * cap, -1) @ v
+
+
+def bucketed(q, k, v, table):
+    """As in MPNet, up to transformers 5.17."""
+    i = torch.arange(64)
+    d = (i.unsqueeze(0) - i.unsqueeze(1)).abs()
+    far = 8 + (torch.log(d.float() / 8) * 3).long()
+    buckets = torch.where(d < 8, d, far.clamp(max=15)).to(q.device)
+    return torch.softmax(q @ k.mT + F.embedding(buckets, table).permute(2, 0, 1), -1) @ v
+
+
+def biased(q, k, v, bias):
+    return torch.softmax(q @ k.mT + bias.to(q.device), -1) @ v
 
 
 class Devices(fx.Interpreter):
@@ -64,3 +78,29 @@ def test_what_the_cpu_holds_is_moved(f, there, here):
         seen = Devices(new)
         seen.run(q, k, v, *others, mode.from_tensor(here))
     assert seen.devices == {"cuda"}
+
+
+def captured(f, shape, device):
+    """The program and what it captures."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, 3, 64, 8, device="cuda") for _ in range(3))
+        gm = make_fx(f)(q, k, v, torch.empty(shape, device=device))
+    new, report = pipeline.run(gm, Options())
+    assert (report.num_fused, report.num_proved) == (1, 1), str(report)
+    (call,) = (n for n in new.graph.nodes if n.target is torch.ops.flashfuse.attention.default)
+    return call.args[7], call.args[3], new
+
+
+def test_a_table_is_made_where_the_user_makes_it():
+    """Rounding may differ elsewhere; what is copied are distances, not pairs."""
+    program, (_, buckets), new = captured(bucketed, (16, 3), "cuda")
+    assert "kv + 63 - q" in program
+    assert buckets.target == "to" and buckets.args[1].type == "cuda"
+    made = [n for n in new.graph.nodes if n.target in (torch.ops.aten.log.default, torch.log)]
+    assert made and all(n.meta["val"].device.type == "cpu" and n.meta["val"].shape == (127,) for n in made)
+
+
+def test_what_the_user_copies_is_not_copied_again():
+    _, (bias,), new = captured(biased, (64, 64), "cpu")
+    assert sum(n.target in ("to", torch.ops.aten._to_copy.default) for n in new.graph.nodes) == 1
+    assert bias.meta["val"].device.type == "cuda"
