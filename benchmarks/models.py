@@ -107,6 +107,54 @@ def _gemma2() -> torch.nn.Module:
     return transformers.Gemma2ForCausalLM(config)
 
 
+def _bloom() -> torch.nn.Module:
+    config = transformers.BloomConfig(
+        hidden_size=1024, n_layer=12, n_head=16, vocab_size=32000, use_cache=False
+    )  # fmt: skip
+    return transformers.BloomForCausalLM(config)
+
+
+def _gpt_oss() -> torch.nn.Module:
+    config = transformers.GptOssConfig(
+        hidden_size=1024, num_hidden_layers=4, intermediate_size=1024, num_local_experts=4, vocab_size=32000,
+        use_cache=False,
+    )  # fmt: skip
+    return transformers.GptOssForCausalLM(config)
+
+
+def _deberta() -> torch.nn.Module:
+    config = transformers.DebertaV2Config(
+        hidden_size=768, num_attention_heads=12, intermediate_size=3072, relative_attention=True,
+        pos_att_type=["p2c", "c2p"], position_buckets=256, share_att_key=True, norm_rel_ebd="layer_norm",
+        max_relative_positions=-1, vocab_size=32000,
+    )  # fmt: skip
+    return transformers.DebertaV2ForMaskedLM(config)
+
+
+def _mpnet() -> torch.nn.Module:
+    return transformers.MPNetForMaskedLM(transformers.MPNetConfig(max_position_embeddings=514))
+
+
+def _swin() -> torch.nn.Module:
+    return transformers.SwinForImageClassification(transformers.SwinConfig())
+
+
+def _beit() -> torch.nn.Module:
+    return transformers.BeitForImageClassification(transformers.BeitConfig(use_relative_position_bias=True))
+
+
+def _images(batch: int) -> Callable[[torch.device], dict[str, Any]]:
+    """Random images of 224 × 224 pixels and classes."""
+
+    def make(device: torch.device) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(batch, 3, 224, 224, generator=generator)
+        labels = torch.randint(2, (batch,), generator=generator)
+        return {"pixel_values": pixels.to(device, torch.bfloat16), "labels": labels.to(device)}
+
+    return make
+
+
 def _translation(batch: int, source: int, target: int) -> Callable[[torch.device], dict[str, Any]]:
     """Inputs of an encoder-decoder: the decoder's are made from the labels."""
 
@@ -132,6 +180,8 @@ def _training(batch: int, length: int, vocab: int, pad: str = "") -> dict[str, A
 
 _CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 _GPU: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+OWN = ("eager", "torch.compile", "flashfuse")
+"""Of models whose attention has a bias of its own, for which Transformers offers nothing but eager code."""
 WITH_FLEX = (*ALL[:-1], "flex + compile", "flashfuse")
 LONG = ("sdpa", "sdpa + compile", "flex + compile", "flashfuse")
 
@@ -167,6 +217,14 @@ WORKLOADS = (
         **_GPU,
         **_prefill(1, 32768, 32000),
     ),
+    Workload("bloom-train-4x2048", build=_bloom, ways=OWN, **_GPU, **_training(4, 2048, 32000)),
+    Workload("gpt-oss-train-4x2048", build=_gpt_oss, ways=OWN, **_GPU, **_training(4, 2048, 32000)),
+    Workload("deberta-v2-train-16x512", build=_deberta, ways=OWN, **_GPU, **_training(16, 512, 32000)),
+    Workload("mpnet-train-32x512", build=_mpnet, ways=OWN, **_GPU, **_training(32, 512, 30527)),
+    Workload(
+        "swin-train-64", build=_swin, ways=OWN, **_GPU, train=True, inputs=_images(64), small=_images(2)
+    ),
+    Workload("beit-train-64", build=_beit, **_GPU, train=True, inputs=_images(64), small=_images(2)),
 )
 
 
@@ -254,7 +312,7 @@ def _step(model: torch.nn.Module, way: str, inputs: Mapping[str, Any], train: bo
         return infer
 
     def loss_of(**kwargs: Any) -> torch.Tensor:
-        return model(**{"labels": kwargs["input_ids"], **kwargs}).loss
+        return model(**{"labels": kwargs.get("input_ids"), **kwargs}).loss
 
     compiled_loss = torch.compile(loss_of, backend=backend) if backend else loss_of
 
