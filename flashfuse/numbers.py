@@ -129,6 +129,8 @@ def exact_copy(gm: fx.GraphModule) -> fx.GraphModule:
         if op is not None and op.name == "scaled_dot_product_attention":
             # By definition: fused kernels have errors of their own, in float64 too.
             node.op, node.target, node.args, node.kwargs = "call_function", sdpa_math, (), op.args
+        if getattr(node.target, "__name__", "").partition(".")[0] in ("grouped_mm", "_grouped_mm"):
+            node.target = _grouped_mm
         if op is not None and op.name in _MADE and "dtype" not in node.kwargs:
             example = nodes.tensor(node)
             if example is not None and example.is_floating_point():
@@ -144,6 +146,22 @@ def _choose(condition: Tensor, a: bool | int | float, b: bool | int | float) -> 
     dtype = torch.float64 if isinstance(a, float) or isinstance(b, float) else None
     x, y = (torch.tensor(n, dtype=dtype, device=condition.device) for n in (a, b))
     return torch.where(condition, x, y)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """PyTorch's ``grouped_mm`` in float64, which it does not take: rows up to offs[i] times b[i].
+
+    Raises:
+        NotImplementedError: a is not [rows, D], or b is not [groups, D, N].
+    """
+    if offs is None or a.ndim != 2 or b.ndim != 3:
+        raise NotImplementedError(
+            "flashfuse: grouped_mm in float64 is only known of [rows, D] and [groups, D, N]"
+        )
+    ends = offs.tolist()
+    parts = [a[i:j] @ m for i, j, m in zip([0, *ends], ends, b, strict=False)]
+    # Rows behind the last group belong to none, and have no defined product.
+    return torch.cat([*parts, a.new_zeros(len(a) - ends[-1], b.shape[-1])])
 
 
 def without_dropout(gm: fx.GraphModule) -> fx.GraphModule:

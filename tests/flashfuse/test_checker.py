@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch import fx, nn
 
 import flashfuse
@@ -374,3 +375,16 @@ def test_no_trace(look, training):
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     assert all(p.grad is None for p in model.parameters()) and x.grad is None
     assert torch.equal(x, kept) and [m.training for m in model.modules()] == modes
+
+
+def test_experts_are_multiplied_in_float64_too():
+    """PyTorch's ``grouped_mm``, which mixtures of experts call, does not take it."""
+    config = transformers.GptOssConfig(
+        hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_local_experts=4, vocab_size=50,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(config).to(torch.bfloat16).train()
+    ids = torch.randint(0, 50, (2, 11))
+    check = flashfuse.verify(model, backward=True, input_ids=ids, labels=ids)
+    assert check.ok, str(check)
