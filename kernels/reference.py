@@ -6,12 +6,12 @@ against them.  ``evaluate`` also builds the masks of the CPU variant, tile by ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from flashfuse.kernels.expr import COMPARISONS, Expr
+from flashfuse.kernels.expr import COMPARISONS, INDEX_VARS, Expr
 from flashfuse.kernels.spec import NAN, REACHING, SCORES_ONLY, ScoreProgram
 
 Value = Tensor | int | float | bool
@@ -93,18 +93,17 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
 
 def add_to_load(total: Tensor, load: Expr, env: Mapping[str, Value], gradient: Tensor) -> None:
     """Add ``gradient``, of [B, H, Sq, Skv] or axes of 1, to the contiguous ``total`` where ``load`` reads."""
-    places = [as_tensor(evaluate(i, env), gradient.device) for i in load.operands]
-    shape = torch.broadcast_shapes(*(p.shape for p in places))
-    shape = (1,) * (4 - len(shape)) + tuple(shape)
+    at = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=gradient.device)
+    for index, n, stride in zip(load.operands, total.shape, total.stride(), strict=True):
+        place = as_tensor(evaluate(index, env), gradient.device)
+        # Of pairs whose gradient is 0 it may lie before the first.
+        at = torch.add(at, place if index.op == "var" else place % n, alpha=stride)
     # Summed first over what the index does not depend on, so that few elements are scattered.
-    axes = [axis for axis, n in enumerate(shape) if n == 1 and gradient.shape[axis] > 1]
+    axes = [axis for axis, n in enumerate(at.shape) if n == 1 and gradient.shape[axis] > 1]
     summed = gradient.sum(axes, keepdim=True) if axes else gradient
     # Not by ``index_put_``, which sorts, and then adds one by one what shares an entry.
-    at = torch.zeros((), dtype=torch.int64, device=gradient.device)
-    for place, n, stride in zip(places, total.shape, total.stride(), strict=True):
-        at = at + place % n * stride
-    terms = summed.to(total.dtype).expand(shape).reshape(-1)
-    total.view(-1).scatter_add_(0, at.expand(shape).reshape(-1), terms)
+    terms = summed.to(total.dtype).expand(at.shape).reshape(-1)
+    total.view(-1).scatter_add_(0, at.reshape(-1), terms)
 
 
 def as_tensor(value: Value, device: torch.device | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -124,13 +123,17 @@ def environment(
     ints: Sequence[int],
     sizes: tuple[int, int, int, int],
     device: torch.device | str,
+    needed: Collection[str] = INDEX_VARS,
 ) -> dict[str, Value]:
     """Variables and captures of ``program`` for :func:`evaluate`; ``sizes`` is (B, H, Sq, Skv).
 
-    The index variables have shapes [B,1,1,1], [1,H,1,1], [1,1,Sq,1] and [1,1,1,Skv].
+    The index variables have shapes [B,1,1,1], [1,H,1,1], [1,1,Sq,1] and [1,1,1,Skv]; only those that are
+    ``needed`` are made.
     """
     env: dict[str, Value] = {"Sq": sizes[2], "Skv": sizes[3]}
-    for axis, (name, size) in enumerate(zip(("b", "h", "q", "kv"), sizes, strict=True)):
+    for axis, (name, size) in enumerate(zip(INDEX_VARS, sizes, strict=True)):
+        if name not in needed:
+            continue
         shape = [1, 1, 1, 1]
         shape[axis] = size
         env[name] = torch.arange(size, device=device).view(shape)

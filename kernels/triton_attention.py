@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashfuse.kernels import dropout, sinks, triton_launches
 from flashfuse.kernels.device_math import is_interpreted
+from flashfuse.kernels.expr import variables
 from flashfuse.kernels.launch import Launch, launch, on_device
 from flashfuse.kernels.layout import is_aligned
 from flashfuse.kernels.reference import add_to_load, environment
@@ -219,7 +220,8 @@ def _with_sums_by_pair(
     count = len(site.of_score)
     if site.sums:
         sizes = (site.batch, site.heads, site.q_len, site.kv_len)
-        env = environment(site.program, captures, ints, sizes, site.device)
+        needed = set().union(*(variables(load) for load, *_ in site.sums))
+        env = environment(site.program, captures, ints, sizes, site.device, needed)
         for (load, *_), by_pair in zip(site.sums, sums[count:], strict=True):
             capture = site.program.captures.index(load.args[0])
             add_to_load(sums[site.of_score.index(capture)], load, env, by_pair.sum(0, keepdim=True))

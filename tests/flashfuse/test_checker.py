@@ -384,7 +384,6 @@ def test_experts_are_multiplied_in_float64_too():
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.GptOssForCausalLM(config).to(torch.bfloat16).train()
-    ids = torch.randint(0, 50, (2, 11))
-    check = flashfuse.verify(model, backward=True, input_ids=ids, labels=ids)
+    model = transformers.GptOssModel(config).train()
+    check = flashfuse.verify(model, backward=True, input_ids=torch.randint(0, 50, (2, 11)))
     assert check.ok, str(check)
