@@ -171,7 +171,7 @@ def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int, symbols: S
     lengths = {n for n in (shape.q_len, shape.kv_len, *hints.values()) if isinstance(n, int)}
     # Rows of a table are counted by arithmetic, of which products and sums are not seen here.
     rows = {n for n in _rows(site) if KEPT <= n <= MAX_ROWS}
-    fixed = lengths | rows | _counted(site)
+    fixed = lengths | rows | _counted(shape, site)
     small = {n: m for n, m in _small(shape, site, products, fixed).items() if n not in fixed}
     rest = sorted(n for n in numbers | lengths if n >= KEPT and n not in small and n not in products)
     for n in rest:
@@ -196,6 +196,7 @@ def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int, symbols: S
         if not broken:
             return made
         kept |= set().union(*broken)
+        kept |= {m for m in positions if any(0 < n - m <= NEAR for n in kept)}
 
 
 def _small(
@@ -217,13 +218,17 @@ def _small(
     return {n: m for n, m in reversed(wanted) if isinstance(n, int) and n >= KEPT}
 
 
-def _counted(site: Sequence[fx.Node]) -> set[int]:
-    """Integers that the site computes with, other than as sizes of tensors."""
+def _counted(shape: AttentionShape, site: Sequence[fx.Node]) -> set[int]:
+    """Integers that the site computes with, other than as sizes of tensors.
+
+    A range of the batch only says which entry is meant.
+    """
     found: set[int] = set()
     for node in site:
         op = dialect.read(node)
         if op is not None and (op.name in _VALUES | _FILLS or op.name == "arange") and _is_integral(node):
-            found.update(n for n in _integers((node.args, node.kwargs)) if n >= KEPT)
+            numbers = _integers((node.args, node.kwargs))
+            found.update(n for n in numbers if n >= KEPT and (op.name != "arange" or n != shape.batch))
         if node.target in OPERATORS:
             found.update(_places(ScoreProgram.parse(str(node.args[7]))))
     return found
