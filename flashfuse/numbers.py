@@ -148,15 +148,17 @@ def _choose(condition: Tensor, a: bool | int | float, b: bool | int | float) -> 
     return torch.where(condition, x, y)
 
 
-def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+def _grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
     """PyTorch's ``grouped_mm`` in float64, which it does not take: rows up to offs[i] times b[i].
 
     Raises:
-        NotImplementedError: a is not [rows, D], or b is not [groups, D, N].
+        NotImplementedError: a is not [rows, D], b is not [groups, D, N], or there is a bias.
     """
-    if offs is None or a.ndim != 2 or b.ndim != 3:
+    if offs is None or bias is not None or a.ndim != 2 or b.ndim != 3:
         raise NotImplementedError(
-            "flashfuse: grouped_mm in float64 is only known of [rows, D] and [groups, D, N]"
+            "flashfuse: grouped_mm in float64 is only known of [rows, D] and [groups, D, N], without a bias"
         )
     ends = offs.tolist()
     parts = [a[i:j] @ m for i, j, m in zip([0, *ends], ends, b, strict=False)]
