@@ -378,12 +378,12 @@ def test_no_trace(look, training):
 
 
 def test_experts_are_multiplied_in_float64_too():
-    """PyTorch's ``grouped_mm``, which mixtures of experts call, does not take it."""
+    """PyTorch's ``grouped_mm``, which compiled mixtures of experts call in bfloat16, does not take it."""
     config = transformers.GptOssConfig(
         hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_local_experts=4, vocab_size=50,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.GptOssModel(config).train()
+    model = transformers.GptOssModel(config).to(torch.bfloat16).train()
     check = flashfuse.verify(model, backward=True, input_ids=torch.randint(0, 50, (2, 11)))
     assert check.ok, str(check)
