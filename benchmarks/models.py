@@ -181,8 +181,10 @@ def _training(batch: int, length: int, vocab: int, pad: str = "") -> dict[str, A
 _CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 _GPU: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
 OWN = ("eager", "torch.compile", "flashfuse")
-"""Of models whose attention has a bias, a sink or a table of its own, most of them in eager code alone; GPT-OSS
-has FlexAttention, too, and Swin SDPA."""
+"""Of models whose attention has a bias, a sink or a table of its own, most of them in eager code alone.
+
+GPT-OSS has FlexAttention, too, and Swin SDPA.
+"""
 WITH_FLEX = (*ALL[:-1], "flex + compile", "flashfuse")
 LONG = ("sdpa", "sdpa + compile", "flex + compile", "flashfuse")
 
