@@ -329,13 +329,14 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
     FLAT: tl.constexpr, LINE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    UNIFORM: tl.constexpr, DEAD_ARE_NAN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program per (b, kv head, tile of BN keys); ``Map`` is the q_map.  DK or DV_ may be None.
 
     ExtraK and ExtraV, float32 and shaped like dk and dv, are added to them.  Where there is a ``Dead``,
     from ``backward_prepare``, they hold nothing where it is 0, and there UNIFORM writes nothing.
+    If DEAD_ARE_NAN, dv is NaN where ``Dead`` is not 0.
     """
     WIDTH: tl.constexpr = 2 if FOLDED else 4
     OF_K: tl.constexpr = DK is not None
@@ -354,7 +355,9 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
     local = tl.arange(0, BN)
     k = load_rows(K + b64 * skb + kvh64 * skh + first64 * sks, local, sks, Skv - first, D, D_PAD, not EVEN)
     v = load_rows(V + b64 * svb + kvh64 * svh + first64 * svs, local, svs, Skv - first, DV, DV_PAD, not EVEN)
-    kv = tl.minimum(first + local, Skv - 1)
+    kv = first + local
+    if not EVEN:
+        kv = tl.minimum(kv, Skv - 1)
     seed = 0
     if DROPOUT:
         seed = tl.load(Seed)
@@ -434,10 +437,13 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
     inside = local < Skv - first
     has_extra = inside
     if Dead is not None:
-        has_extra = local < tl.where(tl.load(Dead + plane) != 0, Skv - first, 0)
+        any_dead = tl.load(Dead + plane) != 0
+        has_extra = local < tl.where(any_dead, Skv - first, 0)
     if DV_ is not None:
         if DROPOUT:
             dv = dv * drop_scale
+        if DEAD_ARE_NAN:
+            dv = tl.where(any_dead, float("nan"), dv)
         dv_base = DV_ + b64 * sdvb + kvh64 * sdvh + first64 * sdvs
         extra_base = ExtraV
         if ExtraV is not None:

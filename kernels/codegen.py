@@ -43,40 +43,39 @@ from flashfuse.kernels.printer import (
     is_scattered,
     is_shifted,
     stride_texts,
-    table_of_distances,
 )
 from flashfuse.kernels.spec import ScoreProgram, conditions
 
 LOG2E = 1 / math.log(2)
 
 
-class PairSums(NamedTuple):
-    """A load whose gradient is summed for each pair first, at ``indices`` of a buffer of this type."""
+class Gathered(NamedTuple):
+    """A load of the score that is alike for all batch entries, gathered into an array [H or 1, Sq, Skv]."""
 
     load: Expr
-    indices: tuple[Expr, ...]
-    buffer: CaptureType
+    array: CaptureType
+
+    @property
+    def place(self) -> Expr:
+        """What the kernels load instead; no capture has such a name."""
+        return Expr("load", f"all {self.load}", *(Expr("var", name) for name in ("h", "q", "kv")))
 
 
 @dataclass(frozen=True)
 class Table:
-    """The gradient of a table of distances, which tiles on one diagonal of the scores add to alike.
+    """The gradient of a load to which many tiles add alike: those on one diagonal, or of all batch entries.
 
     Attributes:
         slope: the derivative of the score by the load; ``None`` where it is 1.
         add: adds a tile of gradients to the buffer.
-        reach: what the mask says of distances alone, which may leave out a whole diagonal; or ``None``.
-        reach_is_mask: the mask says nothing else.
-        others: ``accumulate`` for the other loads; ``None`` where there are none.
+        by_distance: the index depends on q and kv only by their difference; else not on b.
         uses_b: the index, or where the ends are, depends on b.
         has_ends: beyond :class:`Ends`, all distances share one element, whose gradient is a plain sum of dS.
     """
 
     slope: Any
     add: Any
-    reach: Any
-    reach_is_mask: bool
-    others: Any
+    by_distance: bool
     uses_b: bool
     has_ends: bool
 
@@ -116,9 +115,12 @@ class Generated:
         sink: the sinks of rows, in natural units.
         scale: c where the score is exactly ``s*c`` with c > 0, so that no score code is needed.
         dscale: the derivative of the score by ``s`` where it is constant; else ``dscore`` is set.
+        gather: of each load that is gathered, what loads it.
         accumulate: adds the gradients of the wanted captures into their buffers.
-        table: the one load among them whose index depends on q and kv only by their difference, if there is
-            one: ``Table``, and what of ``accumulate`` is left without it.
+        tables: the loads among them that have a kernel of their own for that.
+        others: ``accumulate`` for the rest; ``None`` where there are none.
+        reach: what the mask says of distances alone, which may leave out a whole diagonal; or ``None``.
+        reach_is_mask: the mask says nothing else.
         ends: how to find tiles in which the score's table is one number, if it has such a table.
         sums_rows: a wanted gradient is summed over the keys of a row, where the errors of dS add up.
         loads: ``tiles`` where the score loads something at an index of both q and kv, ``scattered`` where
@@ -131,8 +133,12 @@ class Generated:
     mask: Any
     sink: Any
     dscore: Any
+    gather: tuple[Any, ...]
     accumulate: Any
-    table: Table | None
+    tables: tuple[Table, ...]
+    others: Any
+    reach: Any
+    reach_is_mask: bool
     ends: Ends | None
     scale: float | None
     dscale: float | None
@@ -147,20 +153,23 @@ def generate(
     program: ScoreProgram,
     captures: tuple[CaptureType, ...],
     grads: tuple[tuple[int, CaptureType], ...] = (),
-    sums: tuple[PairSums, ...] = (),
+    gathered: tuple[Gathered, ...] = (),
+    has_batch: bool = False,
     fold: bool = True,
     approximate: bool = False,
 ) -> Generated:
     """The functions of ``program`` over captures of these types.
 
-    ``grads`` lists the captures of the score whose gradient is wanted, with the types of their buffers;
-    those of ``sums`` follow.  A sink's gradient is made on the host.  Without ``fold`` the scores are as
-    exact as float32 allows, at more cost: natural units, a precise tanh.  ``approximate``: what products of
-    16-bit numbers round away may be rounded away here too (the tanh of the hardware, exact to 2^-11).
+    ``grads`` lists the captures of the score whose gradient is wanted, with the types of their buffers.  A
+    sink's gradient is made on the host.  The arrays of what is ``gathered`` follow the captures.
+    ``has_batch``: there are several batch entries.  Without ``fold`` the scores are as exact as float32
+    allows, at more cost: natural units, a precise tanh.  ``approximate``: what products of 16-bit numbers
+    round away may be rounded away here too (the tanh of the hardware, exact to 2^-11).
     """
     tanh = "tanh_precise" if not fold else "tanh_approx" if approximate else "tanh"
-    names = Names(program, captures, tanh, scatters=approximate)
-    score, mask = program.score, program.mask
+    arrays = {of.place.args[0]: of.array for of in gathered}
+    names = Names(program, captures, tanh, scatters=approximate, arrays=arrays)
+    score, mask = with_gathered(program.score, gathered), program.mask
     scale = _plain_scale(score) if fold else None
     folded = fold and (scale is not None or is_moderate(score, names.kinds))
     slope = derivative(score, S)
@@ -169,11 +178,16 @@ def generate(
     functions.append(_function("mask_mod", mask, names) if mask is not None else "")
     functions.append(_function("sink_mod", program.sink, names) if program.sink is not None else "")
     functions.append(_function("dscore_mod", slope, names) if dscale is None else "")
-    loads = _wanted_loads(program, grads, sums)
-    functions.append(_accumulate_function("accumulate", program, loads, names) if grads else "")
-    of_table = table_of_distances(load.node for load in loads)
-    if of_table is not None:
-        functions += _table_functions(program, of_table, loads, names)
+    functions += [_gather_function(f"gather_{i}", of.load, names) for i, of in enumerate(gathered)]
+    loads = _wanted_loads(program, grads, gathered)
+    functions.append(_accumulate_function("accumulate", score, loads, names) if grads else "")
+    of_tables = [load for load in loads if _is_of_table(load, mask, has_batch)]
+    others = [load for load in loads if load not in of_tables]
+    functions.append(_accumulate_function("accumulate_others", score, others, names) if others else "")
+    for i, of_table in enumerate(of_tables):
+        functions += _table_functions(i, of_table, score, names)
+    reach = [c for c in conditions(mask) if _is_of_distances_alone(c)]
+    functions.append(_function("reach_mod", logical_and(*reach), names) if reach else "")
     may_have_ends = fold and dscale is not None and dscale > 0
     with_ends = _load_with_ends(score, names) if may_have_ends else None
     line = _slopes(score) if may_have_ends and not folded else None
@@ -190,36 +204,44 @@ def generate(
         ends = Ends(program.captures.index(place.args[0]), values, axis, module.ends_of_row)
     elif line is not None:
         ends = Ends(None, None, 0, module.ends_of_row)
-    table = None
-    if of_table is not None:
-        optional = (getattr(module, name, None) for name in ("table_slope", "reach_mod", "accumulate_others"))
-        slope_mod, reach, others = optional
-        whole = reach is not None and all(map(_is_of_distances_alone, conditions(mask)))
-        has_ends = ends is not None and ends.values is not None and of_table == load
+    tables = []
+    for i, of_table in enumerate(of_tables):
+        has_ends = ends is not None and ends.values is not None and of_table.node == load
         # Where the ends are may depend on the rest of the score, too.
-        uses_b = "b" in variables(score if has_ends else of_table)
-        table = Table(slope_mod, module.table_add, reach, whole, others, uses_b, has_ends)
+        uses_b = "b" in variables(score if has_ends else of_table.node)
+        slope_mod, add_mod = getattr(module, f"table_slope_{i}", None), getattr(module, f"table_add_{i}")
+        tables.append(Table(slope_mod, add_mod, is_of_distance(of_table.node), uses_b, has_ends))
     return Generated(
         score=module.score_mod,
         mask=getattr(module, "mask_mod", None),
         sink=getattr(module, "sink_mod", None),
         dscore=getattr(module, "dscore_mod", None),
+        gather=tuple(getattr(module, f"gather_{i}") for i in range(len(gathered))),
         accumulate=getattr(module, "accumulate", None),
-        table=table,
+        tables=tuple(tables),
+        others=getattr(module, "accumulate_others", None),
+        reach=getattr(module, "reach_mod", None),
+        reach_is_mask=bool(reach) and len(reach) == len(conditions(mask)),
         ends=ends,
         scale=scale,
         dscale=dscale,
         folded=folded,
         loads=_loads(score, ends, names),
         by_key=any(n.op == "load" and axis_of(n) == 1 for e in (score, mask) if e for n in walk(e)),
-        sums_rows=any(_sums_rows(score, program.captures[index]) for index, _ in grads),
+        sums_rows=any(_sums_rows(program.score, program.captures[index]) for index, _ in grads),
     )
+
+
+def with_gathered(score: Expr, gathered: Sequence[Gathered]) -> Expr:
+    """``score`` with what is gathered loaded from where it is then."""
+    places = {of.load: of.place for of in gathered}
+    return substitute(score, places.get) if places else score
 
 
 def _loads(score: Expr, ends: Ends | None, names: Names) -> str:
     if ends is not None and (ends.is_line or ends.values is not None):
         return "line" if ends.is_line else "buckets"
-    of_pairs = _loads_of_pairs(score)
+    of_pairs = loads_of_pairs(score)
     if not of_pairs:
         return ""
     if not names.scatters or not all(map(is_scattered, of_pairs)):
@@ -270,8 +292,8 @@ import triton
 import triton.language as tl
 
 from flashfuse.kernels.device_math import (
-    MODERATE, add_gradient, block_max, block_min, floordiv_float, floordiv_int, load_scattered, mod_float,
-    mod_int, sigmoid, tanh, tanh_approx, tanh_precise, widened
+    MODERATE, add_gradient, block_max, block_min, floordiv_float, floordiv_int, in_eights, load_scattered,
+    mod_float, mod_int, sigmoid, tanh, tanh_approx, tanh_precise, widened
 )
 
 
@@ -305,29 +327,37 @@ def render(name: str, parameters: str, lines: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Load:
-    """A load of a wanted capture: the buffer of its gradient, by position, indices and strides of that."""
+    """A load of a wanted capture, as the kernels load it, and where the buffer of its gradient has it."""
 
     node: Expr
-    indices: Sequence[Expr]
+    indices: tuple[Expr, ...]
     slot: int
     strides: list[str]
     wide: bool
 
 
 def _wanted_loads(
-    program: ScoreProgram, grads: Sequence[tuple[int, CaptureType]], sums: Sequence[PairSums]
+    program: ScoreProgram, grads: Sequence[tuple[int, CaptureType]], gathered: Sequence[Gathered]
 ) -> list[_Load]:
-    found: dict[Expr, _Load] = {}
+    places = {of.load: of.place for of in gathered}
+    found = []
     position = 0
     for slot, (index, buffer) in enumerate(grads):
         strides, position = stride_texts(buffer, position, "gnums")
         capture = program.captures[index]
-        nodes = (n for n in walk(program.score) if n.op == "load" and n.args[0] == capture)
-        found.update((node, _Load(node, node.operands, slot, strides, buffer.wide)) for node in nodes)
-    for slot, (node, indices, buffer) in enumerate(sums, len(grads)):
-        strides, position = stride_texts(buffer, position, "gnums")
-        found[node] = _Load(node, indices, slot, strides, buffer.wide)
-    return list(found.values())
+        nodes = [n for n in walk(program.score) if n.op == "load" and n.args[0] == capture]
+        found += [_Load(places.get(n, n), n.operands, slot, strides, buffer.wide) for n in nodes]
+    return found
+
+
+def _is_of_table(load: _Load, mask: Expr | None, has_batch: bool) -> bool:
+    """Whether many tiles add to the load's gradient alike, and most of them are not left out by the mask."""
+    if is_of_distance(load.node):
+        return True
+    used = set().union(*(variables(i) for i in load.indices))
+    # Nothing tells the kernel of tables which blocks such a mask leaves out.
+    of_pairs = mask is not None and any(n.op == "load" and axis_of(n) == 2 for n in walk(mask))
+    return has_batch and {"q", "kv"} <= used and "b" not in used and not of_pairs
 
 
 def _is_of_distances_alone(condition: Expr) -> bool:
@@ -338,7 +368,13 @@ def _is_of_distances_alone(condition: Expr) -> bool:
 _GRADIENT_PARAMETERS = f"g, s, {_PARAMETERS}, gptrs, gnums"
 
 
-def _accumulate_function(name: str, program: ScoreProgram, loads: Sequence[_Load], names: Names) -> str:
+def _gather_function(name: str, load: Expr, names: Names) -> str:
+    printer = Printer(names)
+    value = printer.text(load)
+    return render(name, _PARAMETERS, [*printer.lines, f"return {value}"])
+
+
+def _accumulate_function(name: str, score: Expr, loads: Sequence[_Load], names: Names) -> str:
     """Adds ``g · d score / d load`` of a [q, kv] tile at every one of ``loads``.
 
     ``g`` is dL/dscore, zero where a key is not allowed or out of range.  Axes that the index does
@@ -346,7 +382,7 @@ def _accumulate_function(name: str, program: ScoreProgram, loads: Sequence[_Load
     """
     printer = Printer(names)
     for load in loads:
-        slope = derivative(program.score, load.node)
+        slope = derivative(score, load.node)
         text = printer.as_kind(slope, "float")
         value = "g" if text == "1.0" else f"g * {text}"
         if contains(slope, S) or not is_moderate(slope, names.kinds):
@@ -373,24 +409,18 @@ def _add(load: _Load, value: str, printer: Printer) -> None:
     printer.lines.append(f"add_gradient({buffer}, {scale}, {offset}, {value})")
 
 
-def _table_functions(program: ScoreProgram, table: Expr, loads: Sequence[_Load], names: Names) -> list[str]:
+def _table_functions(i: int, load: _Load, score: Expr, names: Names) -> list[str]:
     found = []
-    slope = derivative(program.score, table)
+    slope = derivative(score, load.node)
     if slope != const(1):
-        found.append(_function("table_slope", slope, names))
+        found.append(_function(f"table_slope_{i}", slope, names))
     printer = Printer(names)
-    _add(next(load for load in loads if load.node == table), "g", printer)
-    found.append(render("table_add", _GRADIENT_PARAMETERS, printer.lines))
-    reach = [c for c in conditions(program.mask) if _is_of_distances_alone(c)]
-    if reach:
-        found.append(_function("reach_mod", logical_and(*reach), names))
-    others = [load for load in loads if load.node != table]
-    if others:
-        found.append(_accumulate_function("accumulate_others", program, others, names))
+    _add(load, "g", printer)
+    found.append(render(f"table_add_{i}", _GRADIENT_PARAMETERS, printer.lines))
     return found
 
 
-def _loads_of_pairs(score: Expr) -> list[Expr]:
+def loads_of_pairs(score: Expr) -> list[Expr]:
     """What is loaded for each q and kv, but for what is loaded as an index."""
     loads = [node for node in walk(score) if node.op == "load" and axis_of(node) == 2]
     inner = {n for load in loads for i in load.operands for n in walk(i)}
@@ -399,7 +429,7 @@ def _loads_of_pairs(score: Expr) -> list[Expr]:
 
 def _load_with_ends(score: Expr, names: Names) -> tuple[Expr, Expr] | None:
     """The load of which :class:`Ends` speaks, and of what is at its distance: an index of it, or itself."""
-    loads = _loads_of_pairs(score)
+    loads = loads_of_pairs(score)
     if len(loads) != 1 or names.types[loads[0].args[0]].kind != "float":
         return None
     load = loads[0]

@@ -233,6 +233,27 @@ def tanh_precise(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def in_eights(kv):  # type: ignore[no-untyped-def]
+    """The positions of a tile's keys in rows of whole eights, which lie side by side in memory.
+
+    kv is a tile's first key, a multiple of 8, and those that follow, but for those past the last one, for
+    which that stands: they may be anywhere in a row.  Clamped numbers, of which the compiler knows nothing,
+    are read one by one.
+    """
+    if not kv.type.is_block():
+        return kv
+    else:
+        ROWS: tl.constexpr = kv.shape[0]
+        COLUMNS: tl.constexpr = kv.shape[1]
+        column = tl.reshape(tl.arange(0, ROWS * COLUMNS), [ROWS, COLUMNS])
+        at = kv // 8 * 8 + column % 8
+        if ROWS == 1:
+            return tl.max_contiguous(tl.multiple_of(at, [1, 8]), [1, 8])
+        else:
+            return tl.max_contiguous(tl.multiple_of(at, [8, 1]), [8, 1])
+
+
+@triton.jit
 def add_gradient(Buffer, Scale, offset, value):  # type: ignore[no-untyped-def]
     """Add ``value``, a number or a tile of numbers, to Buffer at ``offset``; zeros add nothing.
 

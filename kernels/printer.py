@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +40,14 @@ class CaptureType:
     """What the generated code knows of a capture.
 
     ``strides`` holds per dimension ``"0"``, ``"1"``, ``"8"`` (a multiple of 8, passed divided by 8) or
-    ``"n"``; the last two are run-time numbers.  ``wide``: offsets need int64.
+    ``"n"``; the last two are run-time numbers.  ``wide``: offsets need int64.  ``padded``: the last axis,
+    of keys, is dense and takes up a multiple of 8 elements in memory, and so does every row.
     """
 
     kind: str
     strides: str
     wide: bool
+    padded: bool = False
 
     @property
     def num_count(self) -> int:
@@ -72,7 +74,7 @@ def capture_type(t: Tensor) -> tuple[CaptureType, tuple[int, ...]]:
 
 
 class Names:
-    """Where the captures and integers of a program lie in ``ptrs`` and ``nums``."""
+    """Where captures, ``arrays`` and integers of a program lie in ``ptrs`` and ``nums``."""
 
     def __init__(
         self,
@@ -80,10 +82,11 @@ class Names:
         captures: Sequence[CaptureType],
         tanh: str = "tanh",
         scatters: bool = False,
+        arrays: Mapping[str, CaptureType] | None = None,
     ) -> None:
         self.tanh = tanh
         self.scatters = scatters
-        self.types = dict(zip(program.captures, captures, strict=True))
+        self.types = {**dict(zip(program.captures, captures, strict=True)), **(arrays or {})}
         self.pointer = {name: f"ptrs[{i}]" for i, name in enumerate(self.types)}
         self.strides: dict[str, list[str]] = {}
         position = 0
@@ -178,12 +181,6 @@ def is_scattered(load: Expr) -> bool:
     return axis_of(load) == 2 and (is_of_distance(load) or not any(map(follows_keys, load.operands)))
 
 
-def shares_entries(load: Expr) -> bool:
-    """Scattered, and from one table for all batch entries, queries and keys: many pairs load one entry."""
-    of_positions = [i for i in load.operands if variables(i) & {"b", "q", "kv"}]
-    return is_scattered(load) and all(axis_of(i) == 2 and "b" not in variables(i) for i in of_positions)
-
-
 def follows_keys(index: Expr) -> bool:
     """One further with each key."""
 
@@ -196,12 +193,6 @@ def follows_keys(index: Expr) -> bool:
 def is_of_distance(load: Expr) -> bool:
     """The index depends on q and kv, and only by their difference."""
     return axis_of(load) == 2 and is_shifted(load)
-
-
-def table_of_distances(loads: Iterable[Expr]) -> Expr | None:
-    """The one load of distances among ``loads``; ``None`` if there are more of them, or none."""
-    found = [load for load in loads if is_of_distance(load)]
-    return found[0] if len(found) == 1 else None
 
 
 def is_shifted(e: Expr) -> bool:
@@ -324,7 +315,11 @@ class Printer:
     def _load(self, e: Expr) -> str:
         name = e.args[0]
         kind = self.names.types[name]
-        offset = self.offset(e.operands, self.names.strides[name], kind.wide)
+        strides = self.names.strides[name]
+        if kind.padded:
+            lead = self.offset(e.operands[:-1], strides[:-1], kind.wide)
+            return f"tl.load({self.names.pointer[name]} + {lead} + in_eights(kv)).to(tl.float32)"
+        offset = self.offset(e.operands, strides, kind.wide)
         if self.names.scatters and is_scattered(e):
             return f"load_scattered({self.names.pointer[name]} + {offset})"
         text = f"tl.load({self.names.pointer[name]} + {offset})"

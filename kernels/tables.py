@@ -1,10 +1,14 @@
-"""Tables of distances: scores that load ``table[.., kv − q + c]``, as models with relative positions do.
+"""Tables: what scores load alike in many tiles, as models with relative positions do.
 
-    d table[.., d + c] = Σ over kv − q = d of dS · d score / d load
+    of distances   table[.., kv − q + c]                   d table[.., d + c] = Σ over b and kv − q = d of g
+    of pairs       table[index[q, kv], h], bias[h, q, kv]  d table[i, h] = Σ over b and index[q, kv] = i of g
 
-Adding every element of dS to the table in memory would cost more than the attention.  Tiles on one
-diagonal of the scores have the same distances in the same places, so a kernel of its own walks
-diagonals, sums in registers, and adds one number for each distance; it computes dS anew for that.
+with g = dS · d score / d load.  Adding every element of g to the table in memory would cost more than the
+attention.  Tiles on one diagonal of the scores have the same distances in the same places, and a tile has
+the same pairs in all batch entries.  So a kernel of its own walks such tiles, sums them in registers, and
+adds one number for each distance or pair; it computes dS anew for that.
+
+What is loaded of a table of pairs is gathered into rows beforehand, where many batch entries read it.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ def _table_tile(  # type: ignore[no-untyped-def]
     EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the load in the i-th tile of a diagonal of all batch entries."""
+    """The gradients of the load in the i-th of the tiles that share it, of all batch entries."""
     local = tl.arange(0, TILE)
     b = i // length_of_one
     first = (first_q + i % length_of_one) * TILE
@@ -76,23 +80,27 @@ def backward_table(  # type: ignore[no-untyped-def]
     REACH_IS_MASK: tl.constexpr, ENDS: tl.constexpr, FLAT: tl.constexpr, SKIPS_ENDS: tl.constexpr,
     SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+    EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BY_DISTANCE: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per (h, diagonal of tiles TILE × TILE, part of it); long diagonals come first.
 
-    The tiles of a diagonal are those of all batch entries; of as many parts, each is one entry.
-    If SKIPS_ENDS, the kernel of dq has the sums of tiles that lie in the ends.
+    Unless BY_DISTANCE, a single tile stands for the diagonal.  The tiles are those of all batch entries; of
+    as many parts, each is one entry.  If SKIPS_ENDS, the kernel of dq has the sums of tiles in the ends.
     """
     q_tiles, kv_tiles = (Sq + TILE - 1) // TILE, (Skv + TILE - 1) // TILE
-    diagonals = q_tiles + kv_tiles - 1
     rank = tl.program_id(0) // (H * parts)
     h = tl.program_id(0) % H
     part = tl.program_id(0) // H % parts
-    step = (rank + 1) // 2
-    diagonal = diagonals // 2 + tl.where(rank % 2 == 1, -step, step)
-    first_q = tl.maximum(q_tiles - 1 - diagonal, 0)
-    first_kv = tl.maximum(diagonal - (q_tiles - 1), 0)
-    length_of_one = tl.minimum(q_tiles - first_q, kv_tiles - first_kv)
+    if BY_DISTANCE:
+        diagonals = q_tiles + kv_tiles - 1
+        step = (rank + 1) // 2
+        diagonal = diagonals // 2 + tl.where(rank % 2 == 1, -step, step)
+        first_q = tl.maximum(q_tiles - 1 - diagonal, 0)
+        first_kv = tl.maximum(diagonal - (q_tiles - 1), 0)
+        length_of_one = tl.minimum(q_tiles - first_q, kv_tiles - first_kv)
+    else:
+        first_q, first_kv, length_of_one = rank // kv_tiles, rank % kv_tiles, 1
     count = (BATCH * length_of_one).to(tl.int64)
     begin, end = (part * count // parts).to(tl.int32), ((part + 1) * count // parts).to(tl.int32)
     b = begin // length_of_one
@@ -142,15 +150,21 @@ def backward_table(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         total, low_total = sum_up(total, low_total, of_tile)
     if end > begin:
-        # In memory, additions at one place wait for each other: one for each distance.
-        for side in tl.static_range(2):
-            offsets = local + (side * TILE - TILE + 1)
-            sums = _sums_by_distance(total, offsets, TILE, PRECISION)[None, :]
-            distances = ((first_kv - first_q) * TILE + offsets)[None, :]
-            # Any pair at a distance is at its place; where no pair is, nothing was summed.
-            at_q = tl.minimum(tl.maximum(-distances, 0), Sq - 1)
-            at_kv = tl.minimum(tl.maximum(distances, 0), Skv - 1)
-            ADD(sums, sums, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
+        # Where no pair is, past the ends, nothing was summed.
+        if BY_DISTANCE:
+            # In memory, additions at one place wait for each other: one for each distance.
+            for side in tl.static_range(2):
+                offsets = local + (side * TILE - TILE + 1)
+                sums = _sums_by_distance(total, offsets, TILE, PRECISION)[None, :]
+                distances = ((first_kv - first_q) * TILE + offsets)[None, :]
+                # Any pair at a distance is at its place.
+                at_q = tl.minimum(tl.maximum(-distances, 0), Sq - 1)
+                at_kv = tl.minimum(tl.maximum(distances, 0), Skv - 1)
+                ADD(sums, sums, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
+        else:
+            at_q = tl.minimum(first_q * TILE + local, Sq - 1)[:, None]
+            at_kv = tl.minimum(first_kv * TILE + local, Skv - 1)[None, :]
+            ADD(total, total, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
 
 
 @triton.jit(do_not_specialize=["table_r", "table_d", "length", "values_r", "values_d"])
@@ -180,3 +194,19 @@ def table_ends(  # type: ignore[no-untyped-def]
         high = tl.maximum(high, tl.max(tl.where((at < length) & (value != last), at + 1, 0), 0))
     tl.store(Ends + row * 2, low)
     tl.store(Ends + row * 2 + 1, high)
+
+
+@triton.jit(do_not_specialize=["nums", "H", "Sq", "Skv"])
+def gather_pairs(  # type: ignore[no-untyped-def]
+    Pairs, ptrs, nums, H, Sq, Skv, LOAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+):
+    """Pairs [H, Sq, row] = what LOAD reads at h, q and kv; Skv keys fill a row up to the next eight."""
+    row = (Skv + 7) // 8 * 8
+    kv_tiles = (row + KEYS - 1) // KEYS
+    h, tile = tl.program_id(0) % H, tl.program_id(0) // H
+    q = (tile // kv_tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    key = (tile % kv_tiles * KEYS + tl.arange(0, KEYS))[None, :]
+    kv = tl.minimum(key, Skv - 1)
+    value = LOAD(h * 0, h, tl.minimum(q, Sq - 1), kv, Sq, Skv, ptrs, nums)
+    at = (h.to(tl.int64) * Sq + q) * row + key
+    tl.store(Pairs + at, value.to(Pairs.dtype.element_ty), mask=(q < Sq) & (key < row))

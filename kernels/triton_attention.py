@@ -15,10 +15,8 @@ from torch import Tensor
 
 from flashfuse.kernels import dropout, sinks, triton_launches
 from flashfuse.kernels.device_math import is_interpreted
-from flashfuse.kernels.expr import variables
 from flashfuse.kernels.launch import Launch, launch, on_device
 from flashfuse.kernels.layout import is_aligned
-from flashfuse.kernels.reference import add_to_load, environment
 from flashfuse.kernels.spec import NAN, ScoreProgram
 from flashfuse.kernels.triton_site import Site, threshold
 
@@ -57,11 +55,11 @@ def forward(
     # Without a map the kernel for few queries visits every key.
     every_key = site.splits and not site.shares_map
     kv_map = None if every_key else site.maps(maps, captures, ints, q.device)[0]
-    ptrs = tuple(captures)
-    aligned = is_aligned(q, k, v, *ptrs)
+    aligned = is_aligned(q, k, v, *captures)
     if site.splits:
         parts = lse.new_empty((lse.numel() * site.splits, site.v_dim + 8))
         with on_device(q.device):
+            ptrs = _with_arrays(site, captures, aligned)
             make = functools.partial(triton_launches.of_split, site, kv_map)
             site.launches.run("split", aligned, make, q, k, v, parts, kv_map, ptrs)
             name = "combine" if highest is None else "combine with maximum"
@@ -70,6 +68,7 @@ def forward(
         return out, lse
     mean = v.mean(2, dtype=torch.float32).contiguous() if site.averages and not site.dropout else None
     with on_device(q.device):
+        ptrs = _with_arrays(site, captures, aligned)
         ends = site.ends(captures, aligned)
         make = functools.partial(triton_launches.of_forward, site, kv_map)
         # A launch is kept by name, for the same kinds of arguments.
@@ -116,15 +115,15 @@ def backward(
     do, out = site.rows(do, 3, True), site.rows(out, 4)
     lse = lse.contiguous()
     kv_map, q_map = site.maps(maps, captures, ints, q.device)
-    ptrs = tuple(captures)
-    aligned = is_aligned(q, k, v, do, out, *ptrs)
+    aligned = is_aligned(q, k, v, do, out, *captures)
     code = site.code
     run = site.launches.run
     stats = lse.new_empty((*lse.shape, 2 if code.folded else 4))
     dead = None
-    if site.visits_dead_rows:
+    if site.visits_dead_rows or program.dead_rows in NAN:
         dead = torch.zeros((site.batch, site.kv_heads), dtype=torch.int32, device=site.device)
     with on_device(q.device):
+        ptrs = _with_arrays(site, captures, aligned)
         make = functools.partial(triton_launches.of_prepare, site)
         run("prepare", aligned, make, out, do, lse, stats, dead)
         if not code.folded or site.sums_rows_exactly:
@@ -139,15 +138,15 @@ def backward(
             make = functools.partial(triton_launches.of_dq, site, dq, kv_map, False)
             tensors = q, k, v, do, dq
             run(f"dq{kind}", aligned, make, *tensors, stats, None, kv_map, seed, ends, ptrs, buffers)
-            if site.sums_diagonals:
-                make = functools.partial(triton_launches.of_table, site)
-                run(f"table{kind}", aligned, make, q, k, v, do, stats, seed, ends, ptrs, buffers)
+            for i in range(0 if site.is_constant else len(code.tables)):
+                make = functools.partial(triton_launches.of_table, site, i)
+                run(f"table{i or ''}{kind}", aligned, make, q, k, v, do, stats, seed, ends, ptrs, buffers)
             if site.uniform:
                 make = functools.partial(triton_launches.of_dq, site, dq, None, True)
                 its = _stats_of_dead_rows(site, lse, stats)
                 run(f"uniform_dq{kind}", aligned, make, *tensors, its, dead, None, seed, None, ptrs, buffers)
 
-        sums = _capture_gradients(site, captures, ints, add_up)
+        sums = _capture_gradients(site, add_up)
         extra = _dead_gradients(site, do, lse, aligned, dead, q, k, v, stats, seed, ptrs)
         for name, its_dk, its_dv in site.passes_over_keys(dk, dv):
             make = functools.partial(triton_launches.of_dkdv, site, its_dk, its_dv, *extra, q_map)
@@ -177,12 +176,16 @@ def dropout_mask(seed: Tensor, dropout_p: float, sizes: tuple[int, int, int, int
 # --- gradients -----------------------------------------------------------------------------------
 
 
-def _capture_gradients(
-    site: Site,
-    captures: Sequence[Tensor],
-    ints: Sequence[int],
-    add_up: Callable[[str, tuple[Tensor, ...]], None],
-) -> list[Tensor]:
+def _with_arrays(site: Site, captures: Sequence[Tensor], aligned: bool) -> tuple[Tensor, ...]:
+    """The captures, and what is gathered from them: what the kernels read."""
+    arrays = tuple(torch.empty(t.shape, dtype=t.dtype, device=site.device) for t in site.arrays)
+    for i, array in enumerate(arrays):
+        make = functools.partial(triton_launches.of_gather, site, i)
+        site.launches.run(f"gather {i}", aligned, make, array, tuple(captures))
+    return (*captures, *arrays)
+
+
+def _capture_gradients(site: Site, add_up: Callable[[str, tuple[Tensor, ...]], None]) -> list[Tensor]:
     """Gradients of ``of_score``; ``add_up``, which works out dq, adds to two buffers for each.
 
     See ``device_math.add_gradient``.  The sums are float32; of full float32 what shrinks is summed in
@@ -200,7 +203,7 @@ def _capture_gradients(
             dtype = torch.float64 if doubled else torch.float32
             sums.append(torch.zeros(shape, dtype=dtype, device=site.device))
         add_up("", tuple(t for s in sums for t in (s, s)))
-        return _with_sums_by_pair(site, captures, ints, sums)
+        return sums
     bits = torch.zeros(len(sizes), dtype=torch.int32, device=site.device)
     add_up("_largest", tuple(t for i in range(len(sizes)) for t in (bits[i:], bits[i:])))
     # So many terms of the largest magnitude stay below 2^62.
@@ -209,23 +212,7 @@ def _capture_gradients(
     scales = torch.where(bits.view(torch.float32).isfinite(), scales.clamp(max=2.0**126), float("nan"))
     wholes = [torch.zeros(shape, dtype=torch.int64, device=site.device) for shape in sizes]
     add_up("_exact", tuple(t for i, w in enumerate(wholes) for t in (w, scales[i:])))
-    sums = [(w.double() / scale).float() for w, scale in zip(wholes, scales, strict=True)]
-    return _with_sums_by_pair(site, captures, ints, sums)
-
-
-def _with_sums_by_pair(
-    site: Site, captures: Sequence[Tensor], ints: Sequence[int], sums: list[Tensor]
-) -> list[Tensor]:
-    """``sums`` of the captures, once those by pair, which follow them, are added to them."""
-    count = len(site.of_score)
-    if site.sums:
-        sizes = (site.batch, site.heads, site.q_len, site.kv_len)
-        needed = set().union(*(variables(load) for load, *_ in site.sums))
-        env = environment(site.program, captures, ints, sizes, site.device, needed)
-        for (load, *_), by_pair in zip(site.sums, sums[count:], strict=True):
-            capture = site.program.captures.index(load.args[0])
-            add_to_load(sums[site.of_score.index(capture)], load, env, by_pair.sum(0, keepdim=True))
-    return sums[:count]
+    return [(w.double() / scale).float() for w, scale in zip(wholes, scales, strict=True)]
 
 
 def _sink_gradients(
@@ -261,9 +248,8 @@ def _dead_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """What dead rows add to dk and dv, float32, shaped like them; ``rest`` as in ``backward``.
 
-    Where ``dead`` is 0, memory as it was.
+    Where ``dead`` is 0, memory as it was.  That dv is NaN there is said by ``dead`` alone.
     """
-    mode = site.program.dead_rows
     if site.visits_dead_rows:
         stats, seed, ptrs = rest
         stats = _stats_of_dead_rows(site, lse, stats)
@@ -272,21 +258,12 @@ def _dead_gradients(
         tensors = (q, k, v, do, extra_k, extra_v, stats, dead, None, None, None, seed, None, ptrs)
         make = functools.partial(triton_launches.of_dkdv, site, extra_k, extra_v, None, None, None, True)
         site.launches.run("uniform_dkdv", aligned, make, *tensors)
-        return extra_k, extra_v + _nan_of_dead_rows(site, lse) if mode in NAN else extra_v
-    if mode == "nan":
-        row = do.new_zeros((1, 1, 1, site.v_dim), dtype=torch.float32) + _nan_of_dead_rows(site, lse)
-        return None, row.expand(-1, -1, site.kv_len, -1)
-    if mode != "mean":
+        return extra_k, extra_v
+    if site.program.dead_rows != "mean":
         return None, None
     sums = torch.where((lse == float("-inf"))[..., None], do, 0).sum(2, dtype=torch.float32)
     total = sums.view(site.batch, site.kv_heads, site.group, site.v_dim).sum(2) / site.kv_len
     return None, total[:, :, None].expand(-1, -1, site.kv_len, -1)
-
-
-def _nan_of_dead_rows(site: Site, lse: Tensor) -> Tensor:
-    """[B, H_kv, 1, 1]: NaN where a row of a head of the group is dead, else 0."""
-    dead = (lse == float("-inf")).view(site.batch, site.kv_heads, -1).any(-1)
-    return torch.where(dead, float("nan"), 0.0)[..., None, None]
 
 
 def _stats_of_dead_rows(site: Site, lse: Tensor, stats: Tensor) -> Tensor:

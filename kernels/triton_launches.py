@@ -17,7 +17,7 @@ from flashfuse.kernels.forward import attention_forward, descriptor_of
 from flashfuse.kernels.launch import Launch
 from flashfuse.kernels.layout import map_strides, padded, strides_of
 from flashfuse.kernels.ops import BLOCK
-from flashfuse.kernels.spec import SCORES_ONLY
+from flashfuse.kernels.spec import NAN, SCORES_ONLY
 from flashfuse.kernels.triton_site import Site, processors
 
 
@@ -148,7 +148,7 @@ def of_dkdv(
             site.scale,
         ),
         *(code.folded, *site.dims, BLOCK, site.even, site.dropout, site.precision, uniform),
-        *(config.bm, config.bn),
+        *(site.program.dead_rows in NAN and not uniform, config.bm, config.bn),
     )
     programs = -(-site.kv_len // config.bn) * site.batch * site.kv_heads
     if uniform:
@@ -171,13 +171,12 @@ def of_dq(
     accumulate = code.accumulate
     if site.is_constant or (uniform and site.program.dead_rows in SCORES_ONLY):
         accumulate = None
-    elif site.sums_diagonals and not uniform:
-        assert code.table is not None
-        accumulate = code.table.others
+    elif not uniform:
+        accumulate = code.others
     of_ends: tuple[Any, Any, int | None] = (None, None, None)
     if site.skips_ends and not uniform:
-        assert code.table is not None
-        of_ends = (code.table.add, code.table.slope, site.config("table").bm)
+        (table,) = (table for table in code.tables if table.has_ends)
+        of_ends = (table.add, table.slope, site.config("table").bm)
     numbers = (
         *(
             site.nums,
@@ -209,33 +208,32 @@ def of_dq(
     return _launch(site, kernel, programs, numbers, config, descriptors, again)
 
 
-def of_table(site: Site, config: configs.Config | None = None) -> Launch:
-    code, table = site.code, site.code.table
-    assert table is not None
+def of_table(site: Site, i: int, config: configs.Config | None = None) -> Launch:
+    """The gradient of the i-th table."""
+    code, table = site.code, site.code.tables[i]
+    skips_ends = table.has_ends and site.skips_ends
     config = config or site.config("table")
-    diagonals = -(-site.q_len // config.bm) + -(-site.kv_len // config.bm) - 1
-    enough = 8 * processors(site.device)
+    q_tiles, kv_tiles = (-(-length // config.bm) for length in (site.q_len, site.kv_len))
+    together = q_tiles + kv_tiles - 1 if table.by_distance else q_tiles * kv_tiles
     # Few diagonals lie between the ends.
-    busy = min(diagonals, 8) if site.skips_ends else diagonals
-    tiles = site.batch * min(-(-site.q_len // config.bm), -(-site.kv_len // config.bm))
+    busy = min(together, 8) if skips_ends else together
+    tiles = site.batch * (min(q_tiles, kv_tiles) if table.by_distance else 1)
+    enough = 8 * processors(site.device)
     parts = site.batch if table.uses_b else min(tiles, -(-enough // (site.heads * busy)))
     numbers = (
         *(site.nums, site.gnums, *site.four_strides, site.batch, *site.lengths, parts, *site.drop),
-        *(
-            code.score,
-            code.mask,
-            table.slope,
-            table.add,
-            table.reach,
-            table.reach_is_mask,
-            *site.end_functions[:2],
-            site.skips_ends,
-            site.scale,
-            code.folded,
-            *site.dims,
-        ),
-        *(site.even, site.dropout, site.precision, config.bm),
+        *(code.score, code.mask, table.slope, table.add, code.reach, code.reach_is_mask),
+        *(*site.end_functions[:2], skips_ends, site.scale, code.folded, *site.dims),
+        *(site.even, site.dropout, site.precision, table.by_distance, config.bm),
     )
-    programs = site.heads * parts * diagonals
+    programs = site.heads * parts * together
     kernel = tables.backward_table
     return _launch(site, kernel, programs, numbers, config, _descriptors(site, config.bm, 0, 1, 2, 3))
+
+
+def of_gather(site: Site, i: int) -> Launch:
+    """The i-th array of what is gathered."""
+    rows, keys = 16, 64
+    heads = len(site.arrays[i])
+    numbers = (site.nums, heads, site.q_len, site.kv_len, site.code.gather[i], rows, keys)
+    return Launch(tables.gather_pairs, heads * -(-site.q_len // rows) * -(-site.kv_len // keys), numbers)

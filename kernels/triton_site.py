@@ -7,6 +7,7 @@ allocations and the launches.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -14,23 +15,24 @@ import torch
 from torch import Tensor
 
 from flashfuse.kernels import autotune, block_map, configs, decode, tables
-from flashfuse.kernels.codegen import LOG2E, Generated, PairSums, generate
+from flashfuse.kernels.codegen import LOG2E, Gathered, Generated, generate, loads_of_pairs, with_gathered
 from flashfuse.kernels.device_math import is_interpreted
-from flashfuse.kernels.expr import Expr, const, mod, var, variables, walk
+from flashfuse.kernels.expr import Expr, variables, walk
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO
 from flashfuse.kernels.interval import needs_elements
 from flashfuse.kernels.launch import Launch, Launches
 from flashfuse.kernels.layout import bshd, fits, is_aligned, is_describable, padded, strides_of, typed
 from flashfuse.kernels.ops import BLOCK
-from flashfuse.kernels.printer import axis_of, is_scattered, shares_entries, table_of_distances
+from flashfuse.kernels.printer import axis_of, follows_keys, is_of_distance, is_scattered
 from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, ScoreProgram, differentiable_loads
 
 FEWEST_SCORES_DESCRIBED = 2**24
 """From which on the tensor memory accelerator brings tiles: its descriptors cost the host microseconds."""
-MOST_PAIRS = 2**22
-"""Of heads, queries and keys: up to there sums may take a float for each."""
-SPREAD = 2**20
-"""So many sums keep the memory's units for additions busy."""
+FEWEST_SCORES_GATHERED = 2**20
+"""From which on what all batch entries load for each pair is gathered in rows first."""
+FEWEST_ENTRIES_GATHERED = 4
+MOST_PAIRS_GATHERED = 2**24
+"""Of heads, queries and keys, for each of which an element is kept."""
 SHORTEST_WITH_ENDS = 512
 """Keys, from which on tiles are looked for in which a table of distances is one number."""
 
@@ -77,24 +79,27 @@ class Site:
         self.layout_of_rows = q.shape[:3], (self.heads * self.q_len, self.q_len, 1)
         self.strides = [strides_of(t) for t in self.like]
         types, numbers = typed(captures)
-        self.nums = (*(n for s in numbers for n in s), *ints)
+        arrays = self._arrays(captures)
+        self.arrays = list(arrays.values())
+        array_types, array_numbers = typed(self.arrays)
+        gathered = tuple(
+            Gathered(load, dataclasses.replace(kind, padded=True))
+            for load, kind in zip(arrays, array_types, strict=True)
+        )
+        self.nums = (*(n for s in (*numbers, *array_numbers) for n in s), *ints)
         of_score = differentiable_loads(program.score)
         of_sink = frozenset() if program.sink is None else differentiable_loads(program.sink)
         self.of_sink = tuple(i for i in wanted if program.captures[i] in of_sink)
         self.of_score = tuple(i for i in wanted if program.captures[i] not in of_sink - of_score)
-        summed = self._summed_by_pair()
-        self.gradient_sizes = [tuple(captures[i].shape) for i in self.of_score]
-        self.gradient_sizes += [sizes for *_, sizes in summed]
-        buffers = [torch.empty(sizes, device="meta") for sizes in self.gradient_sizes]
+        buffers = [torch.empty(captures[i].shape, device="meta") for i in self.of_score]
         buffer_types, buffer_numbers = typed(buffers)
+        self.gradient_sizes = [tuple(t.shape) for t in buffers]
         self.gnums = tuple(n for s in buffer_numbers for n in s)
-        count = len(self.of_score)
-        grads = tuple(zip(self.of_score, buffer_types[:count], strict=True))
-        types_of_sums = zip(summed, buffer_types[count:], strict=True)
-        self.sums = tuple(PairSums(load, at, kind) for (load, at, _), kind in types_of_sums)
+        grads = tuple(zip(self.of_score, buffer_types, strict=True))
         approximate = self.itemsize == 2 and not is_interpreted()
         fold = self.precision != "ieee"
-        self.code: Generated = generate(self.program, types, grads, self.sums, fold, approximate)
+        several = self.batch > 1
+        self.code: Generated = generate(self.program, types, grads, gathered, several, fold, approximate)
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
         self.launches = Launches(self.tuned if tune else None)
         self.capability = _major_capability(q.device)
@@ -104,39 +109,43 @@ class Site:
             and self.batch * self.heads * self.q_len * self.kv_len >= FEWEST_SCORES_DESCRIBED
             and all(map(is_describable, self.like))
         )
-        self.pair_bytes = self._pair_bytes(captures)
+        self.pair_bytes = self._pair_bytes(captures, gathered)
         self.dk_and_dv_apart = configs.are_apart(self.kind())
         # Heads that share a tile must share the lists of blocks.
         self.shares_map = self.group == 1 or "h" not in self.program.mask_variables
         self.splits = 0 if self.is_empty else self._splits(q.device)
 
-    def _pair_bytes(self, captures: Sequence[Tensor]) -> int:
+    def _pair_bytes(self, captures: Sequence[Tensor], gathered: Sequence[Gathered]) -> int:
         """Of all that the score loads, or loads as an index, in tiles of queries and keys."""
-        loads = {n for n in walk(self.program.score) if n.op == "load" and axis_of(n) == 2}
-        places = {n: self.program.captures.index(n.args[0]) for n in loads if not is_scattered(n)}
-        return sum(captures[i].element_size() for i in places.values())
+        tensors = dict(zip(self.program.captures, captures, strict=True))
+        tensors.update(zip((of.place.args[0] for of in gathered), self.arrays, strict=True))
+        nodes = walk(with_gathered(self.program.score, gathered))
+        loads = {n for n in nodes if n.op == "load" and axis_of(n) == 2 and not is_scattered(n)}
+        return sum(tensors[n.args[0]].element_size() for n in loads)
 
-    def _summed_by_pair(self) -> list[tuple[Expr, tuple[Expr, ...], tuple[int, ...]]]:
-        """Loads whose gradient is summed by pair first: the indices and the sizes of those sums.
+    def _arrays(self, captures: Sequence[Tensor]) -> dict[Expr, Tensor]:
+        """What of the score is gathered, and an array like that which it is gathered into.
 
-        Where few entries are added to by many pairs of many batch entries, the device works on one at a time.
-        Entries of the batch share a few sums, so that not all add to the same.
+        That is what all batch entries load for each pair, and no tile can read as it lies.
         """
-        names = {self.program.captures[i] for i in self.of_score}
-        loads = [n for n in walk(self.program.score) if n.op == "load" and n.args[0] in names]
-        # That has a kernel of its own.
-        table = table_of_distances(loads)
-        found: list[tuple[Expr, tuple[Expr, ...], tuple[int, ...]]] = []
-        for load in filter(shares_entries, loads):
-            heads = self.heads if "h" in variables(load) else 1
-            pairs = heads * self.q_len * self.kv_len
-            if load == table or not 0 < pairs <= MOST_PAIRS:
-                continue
-            most = min(self.batch, max(1, SPREAD // pairs), 64)
-            copies = 1 << (most.bit_length() - 1)
-            of_head = var("h") if heads > 1 else const(0)
-            at = (mod(var("b"), const(copies)), of_head, var("q"), var("kv"))
-            found.append((load, at, (copies, heads, self.q_len, self.kv_len)))
+        scores = self.batch * self.heads * self.q_len * self.kv_len
+        if self.batch < FEWEST_ENTRIES_GATHERED or scores < FEWEST_SCORES_GATHERED:
+            return {}
+        found = {}
+        for load in loads_of_pairs(self.program.score):
+            table = captures[self.program.captures.index(load.args[0])]
+            used = variables(load)
+            sizes = self.heads if "h" in used else 1, self.q_len, -(-self.kv_len // 8) * 8
+            in_rows = table.stride(-1) == 1 and follows_keys(load.operands[-1])
+            if (
+                table.is_floating_point()
+                and not used & {"s", "b"}
+                # Of distances there are few, and tables of them have ends.
+                and not is_of_distance(load)
+                and not (in_rows and self.even and all(s % 8 == 0 for s in table.stride()[:-1]))
+                and math.prod(sizes) <= MOST_PAIRS_GATHERED
+            ):
+                found[load] = torch.empty(sizes, dtype=table.dtype, device="meta")
         return found
 
     def rows(self, t: Tensor, position: int, described: bool = False) -> Tensor:
@@ -300,15 +309,8 @@ class Site:
     @property
     def skips_ends(self) -> bool:
         """Whether the kernel of dq has the gradient of the ends of a table of indices."""
-        table = self.code.table
-        return (
-            self.end_functions[0] is not None and table is not None and table.has_ends and self.sums_diagonals
-        )
-
-    @property
-    def sums_diagonals(self) -> bool:
-        """The gradient of a table of distances has a kernel of its own."""
-        return self.code.table is not None and not self.is_constant
+        has_ends = any(table.has_ends for table in self.code.tables)
+        return self.end_functions[0] is not None and has_ends and not self.is_constant
 
     @property
     def is_constant(self) -> bool:

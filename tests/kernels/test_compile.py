@@ -22,6 +22,7 @@ BUTTERFLY = f"q//128 == kv//128 or 1048576 % {FURTHER} == 0 and min(q//128, kv//
 TABLE = "s*0.125 + table[h, kv - q + Sq - 1] where kv <= q"
 BUCKETS = "s*0.125 + weight[bucket[kv - q + Sq - 1], h] where kv <= q"
 GATHER = "s*0.125 + near[h, q, bucket[kv - q + Sq - 1]] where kv <= q"
+LOOKED_UP = "s*0.125 + near[where(bucket[q, kv] < 0, bucket[q, kv] + 169, bucket[q, kv]), h] else nan"
 INDICES = "s*0.125 + near[h, q, bucket[q, kv]] where kv <= q"
 SITES = {
     "dense 64": {"text": "s*0.125"},
@@ -41,6 +42,22 @@ SITES = {
     "buckets 64": {"text": BUCKETS, "captures": [(32, 4), (1023,)], "length": 512},
     "indices 128": {"text": INDICES, "captures": [(4, 300, 32), (300, 300)], "length": 300, "dim": 128},
     "indices 256": {"text": INDICES, "captures": [(4, 300, 32), (300, 300)], "length": 300, "dim": 256},
+    "looked up 32": {
+        "text": LOOKED_UP,
+        "captures": [(169, 4), (49, 49)],
+        "length": 49,
+        "dim": 32,
+        "batch": 512,
+    },
+    "looked up 64": {"text": LOOKED_UP, "captures": [(169, 4), (300, 300)], "length": 300, "batch": 64},
+    "looked up 128": {
+        "text": LOOKED_UP,
+        "captures": [(169, 4), (300, 300)],
+        "length": 300,
+        "dim": 128,
+        "batch": 64,
+    },
+    "bias of all 64": {"text": "s*0.125 + bias[h, q, kv]", "captures": [(4, 256, 256)], "batch": 64},
     "gather 128": {"text": GATHER, "captures": [(4, 300, 32), (599,)], "length": 300, "dim": 128},
 }
 LAST = "s*0.125 where kv <= q + Skv - Sq"
@@ -121,6 +138,7 @@ def compiled(monkeypatch, tmp_path):
         length=256,
         q_len=None,
         aux=False,
+        batch=1,
         tiles="pointers",
     ):
         found = []
@@ -149,12 +167,12 @@ def compiled(monkeypatch, tmp_path):
         try:
             program = ScoreProgram.parse(text)
             heads = 4 if q_len is None else 8
-            q, do = (torch.empty(1, heads, q_len or length, dim, dtype=dtype) for _ in range(2))
-            k, v = (torch.empty(1, 2, length, dim, dtype=dtype) for _ in range(2))
+            q, do = (torch.empty(batch, heads, q_len or length, dim, dtype=dtype) for _ in range(2))
+            k, v = (torch.empty(batch, 2, length, dim, dtype=dtype) for _ in range(2))
             names = zip(program.captures, captures, strict=True)
             kinds = {"bucket": torch.int64}
             tensors = [torch.empty(shape, dtype=kinds.get(name, dtype)) for name, shape in names]
-            maps, sizes = [], (1, heads, q_len or length, length)
+            maps, sizes = [], (batch, heads, q_len or length, length)
             if program.mask is not None:
                 mask = program.mask_program
                 read = [tensors[program.captures.index(name)] for name in mask.captures]
