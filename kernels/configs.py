@@ -68,8 +68,8 @@ _CASES: tuple[tuple[str, int, Callable[[Kind], bool], Config], ...] = (
 # There, by what the score loads for each query and key, or is
 _LOADS: dict[tuple[str, str, int], Config] = {
     ("forward", "tiles", 64): _C(128, 64, 4, 3),
-    ("dkdv", "tiles", 64): _C(64, 64, 4, 2),
-    ("dq", "tiles", 64): _C(64, 64, 4, 2),
+    ("dkdv", "tiles", 64): _C(32, 64, 4, 2, _THREE),
+    ("dq", "tiles", 64): _C(64, 32, 4, 3),
     ("forward", "tiles", 128): _C(64, 64, 4, 2),
     ("dq", "tiles", 128): _C(128, 64, 8, 2),
     ("forward", "mask", 64): _C(64, 64, 4, 3),
@@ -85,6 +85,8 @@ _LOADS: dict[tuple[str, str, int], Config] = {
         for loads in ("line", "buckets", "distances", "scattered", "tiles", "mask")
     },
 }
+# There, up to 64, of few keys: less of the last tile lies past the end.
+_FEW_KEYS = {("forward", "tiles"): _C(64, 32, 4, 3)}
 # There, up to 64, where something is loaded for each key, for which wide tiles have no registers; the second
 # with dropout
 _BY_KEY = _C(64, 64, 4, 3), _C(64, 64, 4, 2)
@@ -123,7 +125,7 @@ class Kind(NamedTuple):
     accelerator, ``plain`` a score ``s*c``, ``masked`` that there is a mask, ``mask_loads`` that it loads
     something, ``by_key`` that something is loaded for each key, ``loads`` what is for each query and key, see
     ``codegen.Generated``, or ``mask`` where only the mask has to; ``pair_bytes`` is the size of an element of
-    all tiles that this takes, those of indices too.
+    all tiles that this takes, those of indices too; ``few_keys``, that there are at most 1024 of them.
     """
 
     head_dim: int
@@ -137,6 +139,7 @@ class Kind(NamedTuple):
     by_key: bool
     loads: str
     pair_bytes: int = 0
+    few_keys: bool = False
 
     @property
     def width(self) -> int:
@@ -157,7 +160,7 @@ def measured(kernel: str, itemsize: int) -> tuple[Config, ...]:
         rows = [c for (name, _), row in _HALF.items() if name == kernel for c in row]
         rows += _DESCRIBED[kernel]
         rows += [c for name, *_, c in _CASES if name == kernel]
-        rows += [c for (name, *_), c in _LOADS.items() if name == kernel]
+        rows += [c for (name, *_), c in (*_LOADS.items(), *_FEW_KEYS.items()) if name == kernel]
         rows += [_TILE_LOADS[kernel], _WIDE_LOADS[kernel], *(_BY_KEY if kernel == "forward" else ())]
     return tuple(dict.fromkeys(rows))
 
@@ -205,6 +208,8 @@ def _described(kernel: str, kind: Kind) -> Config:
             config = of_case
     if kind.loads:
         config = _LOADS.get((kernel, kind.loads, kind.width), config)
+    if kind.few_keys and kind.width == 64:
+        config = _FEW_KEYS.get((kernel, kind.loads), config)
     if kernel == "forward" and kind.by_key and config.bn > 64:
         config = _BY_KEY[kind.dropout]
     return config

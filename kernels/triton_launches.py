@@ -218,7 +218,8 @@ def of_table(site: Site, i: int, config: configs.Config | None = None) -> Launch
     # Few diagonals lie between the ends.
     busy = min(together, 8) if skips_ends else together
     tiles = site.batch * (min(q_tiles, kv_tiles) if table.by_distance else 1)
-    enough = 8 * processors(site.device)
+    # Every part adds a number for each distance, or for each pair.
+    enough = processors(site.device) * (8 if table.by_distance else 1)
     parts = site.batch if table.uses_b else min(tiles, -(-enough // (site.heads * busy)))
     numbers = (
         *(site.nums, site.gnums, *site.four_strides, site.batch, *site.lengths, parts, *site.drop),

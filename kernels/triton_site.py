@@ -173,7 +173,10 @@ class Site:
         )
 
     def config(self, kernel: str) -> configs.Config:
-        return configs.choose(kernel, self.kind())
+        """The tables' choice; of a short sequence no tile takes up twice as much as 64 rows of it."""
+        config = configs.choose(kernel, self.kind())
+        most = (128 if length > 64 else 64 for length in (self.q_len, self.kv_len))
+        return config._replace(bm=min(config.bm, next(most)), bn=min(config.bn, next(most)))
 
     def kind(self) -> configs.Kind:
         mask = self.program.mask
@@ -189,6 +192,7 @@ class Site:
             by_key=self.code.by_key,
             loads=self.code.loads or ("mask" if mask is not None and needs_elements(mask) else ""),
             pair_bytes=self.pair_bytes,
+            few_keys=self.kv_len <= 1024,
         )
 
     def tuned(self, name: Hashable, make: Callable[..., Launch], tensors: tuple[Any, ...]) -> Launch:

@@ -16,7 +16,6 @@ from flashfuse.kernels.printer import (
     capture_type,
     kind_of,
     literal,
-    shares_entries,
 )
 from flashfuse.kernels.reference import evaluate
 from flashfuse.kernels.spec import ScoreProgram
@@ -170,49 +169,68 @@ def test_conditions_count_as_numbers_in_sums():
     assert total.count(".to(tl.int32)") == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "shared"),
-    [
-        ("t[i[q, kv], h]", True),
-        ("t[where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv])]", True),
-        ("t[h, kv - q + n]", True),
-        ("t[i[kv - q + n], h]", True),
-        ("t[h, q, i[q, kv]]", False),
-        ("t[b, i[q, kv]]", False),
-        ("t[i[b, q, kv], h]", False),
-        ("t[0, h, q, kv]", False),
-        ("t[h, kv]", False),
-        ("t[h]", False),
-    ],
-)
-def test_entries_are_shared_by_pairs_and_batch_entries_of_one_table(text, shared):
-    assert shares_entries(parse(text)) is shared
-
-
-def test_gradients_of_shared_entries_are_summed_by_pair_first():
+def site_of(text, batch, length, **captures):
     pytest.importorskip("triton")
-    from flashfuse.kernels.triton_site import MOST_PAIRS, Site
+    from flashfuse.kernels.triton_site import Site
 
-    def sizes(text, batch, length, *captures):
-        program = ScoreProgram.parse(text)
-        qkv = [torch.empty(batch, 4, length, 16, device="meta") for _ in range(3)]
-        wanted = tuple(i for i, c in enumerate(captures) if c.is_floating_point())
-        site = Site(qkv, captures, (), program, 0.0, wanted, with_dlse=False, tune=False)
-        return site.gradient_sizes
-
-    table, places = torch.empty(9, 4, device="meta"), torch.empty(20, 20, dtype=torch.long, device="meta")
-    text = "s + t[i[q, kv], h]"
-    assert sizes(text, 1, 20, table, places) == [(9, 4), (1, 4, 20, 20)]
-    # Batch entries take turns.
-    assert sizes(text, 9, 20, table, places) == [(9, 4), (8, 4, 20, 20)]
-    assert sizes("s + t[i[q, kv]]", 9, 20, table[:, 0], places) == [(9,), (8, 1, 20, 20)]
-    # One table of distances has a kernel of its own; two have not.
-    distances = torch.empty(4, 39, device="meta")
-    one = "s + u[h, kv - q + Sq - 1]"
-    assert sizes(one, 2, 20, distances) == [(4, 39)]
-    assert sizes(f"{one} + t[h, kv - q + Sq - 1]", 2, 20, distances, distances)[2:] == [(2, 4, 20, 20)] * 2
-    # So much memory is not taken.
-    length = int(MOST_PAIRS**0.5)
-    assert sizes(text, 2, length, table, torch.empty(length, length, dtype=torch.long, device="meta")) == [
-        (9, 4)
+    program = ScoreProgram.parse(text)
+    qkv = [torch.empty(batch, 4, length, 16, device="meta") for _ in range(3)]
+    kinds = {"i": torch.long, "m": torch.bool}
+    tensors = [
+        torch.empty(captures[n], dtype=kinds.get(n, torch.float32), device="meta") for n in program.captures
     ]
+    wanted = tuple(i for i, t in enumerate(tensors) if t.is_floating_point())
+    return Site(qkv, tensors, (), program, 0.0, wanted, with_dlse=False, tune=False)
+
+
+TABLES = [
+    ("t[i[q, kv], h]", {"t": (9, 4), "i": (20, 20)}, ["pairs"]),
+    ("t[where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv])]", {"t": (9,), "i": (20, 20)}, ["pairs"]),
+    ("t[h, q, i[q, kv]]", {"t": (4, 20, 9), "i": (20, 20)}, ["pairs"]),
+    ("t[0, h, q, kv]", {"t": (1, 4, 20, 20)}, ["pairs"]),
+    ("t[h, kv - q + 19]", {"t": (4, 39)}, ["distances"]),
+    ("t[i[kv - q + 19], h]", {"t": (9, 4), "i": (39,)}, ["distances"]),
+    (
+        "t[h, kv - q + 19] + u[kv - q + 19] + e[h, q]",
+        {"t": (4, 39), "u": (39,), "e": (4, 20)},
+        ["distances"] * 2,
+    ),
+    ("t[b, i[q, kv]]", {"t": (2, 9), "i": (20, 20)}, []),
+    ("t[i[b, q, kv], h]", {"t": (9, 4), "i": (2, 20, 20)}, []),
+    ("t[h, kv] + u[h]", {"t": (4, 20), "u": (4,)}, []),
+]
+
+
+@pytest.mark.parametrize(("bias", "captures", "expected"), TABLES)
+def test_tables_are_what_many_tiles_load_alike(bias, captures, expected):
+    def tables(text, batch):
+        code = site_of(text, batch, 20, **captures, m=(20, 20)).code
+        assert (code.others is None) == (len(code.tables) == bias.count("[") - bias.count("i["))
+        return ["distances" if table.by_distance else "pairs" for table in code.tables]
+
+    assert tables(f"s + {bias}", 2) == tables(f"s + {bias} where kv <= q", 2) == expected
+    # Of one entry the tiles are all different; of blocks that a mask leaves out the kernel is not told.
+    of_distances = [kind for kind in expected if kind == "distances"]
+    assert tables(f"s + {bias}", 1) == tables(f"s + {bias} where m[q, kv]", 2) == of_distances
+
+
+def test_what_all_batch_entries_load_is_gathered_in_rows(monkeypatch):
+    pytest.importorskip("triton")
+    from flashfuse.kernels import triton_site
+
+    def arrays(text, batch=64, length=250, **captures):
+        return [tuple(t.shape) for t in site_of(text, batch, length, **captures).arrays]
+
+    index, bias = {"t": (9, 4), "i": (250, 250)}, {"t": (4, 250, 250)}
+    assert arrays("s + t[i[q, kv], h]", **index) == arrays("s + t[h, q, kv]", **bias) == [(4, 250, 256)]
+    assert arrays("s + t[i[q, kv], 2] + t[i[q, kv], h]", **index) == [(1, 250, 256), (4, 250, 256)]
+    # Entries of the batch differ, there are few of them, or distances are.
+    assert arrays("s + t[b, q, kv]", t=(64, 250, 250)) == []
+    assert arrays("s + t[i[b, q, kv], h]", t=(9, 4), i=(64, 250, 250)) == []
+    assert arrays("s + t[i[q, kv], h]", batch=3, **index) == []
+    assert arrays("s + t[h, kv - q + 249]", t=(4, 499)) == []
+    # Where no tile is cut off, rows whose addresses are multiples of 8 elements are read as they lie.
+    assert arrays("s + t[h, q, kv]", length=256, t=(4, 256, 256)) == []
+    assert arrays("s + t[h, kv, q]", length=256, t=(4, 256, 256)) == [(4, 256, 256)]
+    monkeypatch.setattr(triton_site, "MOST_PAIRS_GATHERED", 4 * 250 * 256 - 1)
+    assert arrays("s + t[h, q, kv]", **bias) == []

@@ -86,7 +86,7 @@ PROGRAMS = [
         for tail in ("mean", "uniform", "nan", "zero")
     ),
     (f"{SCALE} + t[h]*(kv - q) where kv <= q sink t[h]*2.0", sinks, (0,)),
-    (f"{SCALE} + t[where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv]), h]", looked_up, (0,)),
+    (f"{SCALE} + t[where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv]), h] else nan", looked_up, (0,)),
 ]
 CAUSAL = PROGRAMS[1]
 ALIBI, DENSE = (next(p for p in PROGRAMS if name in p[0]) for name in ("slope", "bias[0, h"))
@@ -128,6 +128,17 @@ def cases():
             dtype=F16,
             dropout_p=0.2,
         )
+    for program, captures, grads in (p for p in PROGRAMS if "bias[0, h" in p[0] or "i[q, kv]" in p[0]):
+        for dims, dtype, dropout_p in [((32, 32), BF16, 0.0), ((128, 64), F16, 0.1), ((40, 40), F32, 0.0)]:
+            for length in (49, 200, 256):
+                yield make(
+                    *(program, captures, grads),
+                    sizes=(64, 6, length, length),
+                    kv_heads=2,
+                    dims=dims,
+                    dtype=dtype,
+                    dropout_p=dropout_p,
+                )
     for dims in [(8, 8), (40, 40), (96, 96), (128, 128), (192, 128), (256, 256), (64, 128), (80, 24)]:
         for dtype in (BF16, F16, F32):
             yield make(*CAUSAL, sizes=(1, 2, 300, 300), kv_heads=1, dims=dims, dtype=dtype)

@@ -237,6 +237,46 @@ for case in [
     case = Case(**case, grads=(0,), dims=(16, 16))
     attempt(str(case), lambda: run_case(triton_attention, case, "cpu"))
 """, 14),
+    # What all batch entries load for each pair, in rows.
+    "gathered": ("""
+triton_site.FEWEST_SCORES_GATHERED = triton_site.FEWEST_ENTRIES_GATHERED = 0
+run_launch, launched = launch.launch, []
+def recorded(what, *tensors):
+    launched.append(what.kernel.fn.__name__)
+    return run_launch(what, *tensors)
+launch.launch = recorded
+
+def gathered(case):
+    launched.clear()
+    run_case(triton_attention, case, "cpu")
+    arrays = len(case.captures(*case.sizes)) - case.program.count("pad[") - ("i[" in case.program)
+    assert launched.count("gather_pairs") == 2 * arrays
+    assert launched.count("backward_table") == (len(case.grads) if case.sizes[0] > 1 else 0)
+
+def of_pairs(*sizes):
+    def make(b, h, sq, skv):
+        named = {"h": h, "q": sq, "kv": skv}
+        return [torch.randn([named[n] for n in names]) for names in sizes]
+    return make
+PLACE = "where(i[q, kv] < 0, i[q, kv] + 9, i[q, kv])"
+BIAS = of_pairs(("h", "q", "kv"))
+for case in [
+    dict(program=f"s*0.158 + t[{PLACE}, h] else nan", sizes=(3, 4, 37, 45), captures=looked_up, grads=(0,),
+         kv_heads=2),
+    dict(program=f"s*0.158 + t[{PLACE}, h] + where(b % 2*20 >= kv, -9.0, 0.0)", sizes=(3, 2, 70, 45),
+         captures=looked_up, grads=(0,), dtype=torch.float16, dropout_p=0.2),
+    dict(program="s*0.158 + e[h, q, kv]", sizes=(2, 2, 33, 70), captures=BIAS, grads=(0,)),
+    dict(program="s*0.158 + e[h, q, kv]", sizes=(1, 2, 33, 41), captures=BIAS, grads=(0,)),
+    dict(program="tanh(s*0.05 + e[q, kv]*f[h, kv, q])*4.0 where kv <= q", sizes=(2, 2, 40, 33), grads=(0, 1),
+         captures=of_pairs(("q", "kv"), ("h", "kv", "q")), aux=True),
+    dict(program="s*0.158 + bias[0, 0, q, kv] else nan_all", sizes=(2, 2, 33, 40), grads=(0,),
+         captures=lambda b, *n: hostile_bias(1, *n)),
+    dict(program="s*0.158 + e[h, q, kv] where kv <= q and pad[b, kv] else uniform", sizes=(2, 2, 33, 40),
+         grads=(0,), captures=lambda *n: [*BIAS(*n), *left_pad(*n)]),
+]:
+    case = Case(**case)
+    attempt(str(case), lambda: gathered(case))
+""", 7),
     # As in long sequences on capability 9: tiles by descriptors; dk and dv of wide heads one by one.
     "described": ("""
 triton_site.FEWEST_SCORES_DESCRIBED = 0
