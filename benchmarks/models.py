@@ -181,11 +181,9 @@ def _training(batch: int, length: int, vocab: int, pad: str = "") -> dict[str, A
 _CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 _GPU: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
 OWN = ("eager", "torch.compile", "flashfuse")
-"""Of models whose attention has a bias, a sink or a table of its own, most of them in eager code alone.
-
-GPT-OSS has FlexAttention, too, and Swin SDPA.
-"""
+"""Of models whose attention has a bias, a sink or a table of its own, in eager code alone."""
 WITH_FLEX = (*ALL[:-1], "flex + compile", "flashfuse")
+SINKS = ("eager", "torch.compile", "flex + compile", "flashfuse")
 LONG = ("sdpa", "sdpa + compile", "flex + compile", "flashfuse")
 
 WORKLOADS = (
@@ -221,12 +219,10 @@ WORKLOADS = (
         **_prefill(1, 32768, 32000),
     ),
     Workload("bloom-train-4x2048", build=_bloom, ways=OWN, **_GPU, **_training(4, 2048, 32000)),
-    Workload("gpt-oss-train-4x2048", build=_gpt_oss, ways=OWN, **_GPU, **_training(4, 2048, 32000)),
+    Workload("gpt-oss-train-4x2048", build=_gpt_oss, ways=SINKS, **_GPU, **_training(4, 2048, 32000)),
     Workload("deberta-v2-train-16x512", build=_deberta, ways=OWN, **_GPU, **_training(16, 512, 32000)),
     Workload("mpnet-train-32x512", build=_mpnet, ways=OWN, **_GPU, **_training(32, 512, 30527)),
-    Workload(
-        "swin-train-64", build=_swin, ways=OWN, **_GPU, train=True, inputs=_images(64), small=_images(2)
-    ),
+    Workload("swin-train-64", build=_swin, **_GPU, train=True, inputs=_images(64), small=_images(2)),
     Workload("beit-train-64", build=_beit, **_GPU, train=True, inputs=_images(64), small=_images(2)),
 )
 
