@@ -97,7 +97,10 @@ _DECODE: dict[int, tuple[Config, Config, Config]] = {
     4: (_C(16, 64, 4, 2), _C(16, 32, 8, 2), _C(16, 32, 8, 2)),
 }
 # Where a bias or a mask is loaded per element its addresses take registers, and its tiles shared memory.
-_TILE_LOADS = {"forward": _C(64, 64, 4, 2), "dkdv": _C(32, 64, 4, 2), "dq": _C(64, 32, 4, 2)}
+_TILE_LOADS = {
+    64: {"forward": _C(64, 64, 4, 2), "dkdv": _C(32, 64, 4, 2), "dq": _C(64, 32, 4, 2)},
+    128: {"forward": _C(64, 32, 8, 2), "dkdv": _C(32, 32, 8, 2), "dq": _C(32, 32, 8, 2)},
+}
 _WIDE_LOADS = {
     "forward": _C(64, 32, 4, 1),
     "dkdv": _C(32, 32, 8, 1),
@@ -151,7 +154,7 @@ def measured(kernel: str, itemsize: int) -> tuple[Config, ...]:
     """All configs of the tables for ``kernel``: each was the fastest somewhere."""
     if kernel == "table":
         square = _TABLE[2 if itemsize == 2 else 4]
-        rows = [c for s in square for c in (s, s._replace(warps=8, stages=1), s._replace(stages=1))]
+        rows = [c for s in square for c in (s, s._replace(warps=8), s._replace(stages=1))]
     elif kernel in _APART:
         rows = [*_APART.values(), _WIDE_LOADS[kernel]]
     elif itemsize != 2:
@@ -161,7 +164,11 @@ def measured(kernel: str, itemsize: int) -> tuple[Config, ...]:
         rows += _DESCRIBED[kernel]
         rows += [c for name, *_, c in _CASES if name == kernel]
         rows += [c for (name, *_), c in (*_LOADS.items(), *_FEW_KEYS.items()) if name == kernel]
-        rows += [_TILE_LOADS[kernel], _WIDE_LOADS[kernel], *(_BY_KEY if kernel == "forward" else ())]
+        rows += [
+            *(row[kernel] for row in _TILE_LOADS.values()),
+            _WIDE_LOADS[kernel],
+            *(_BY_KEY if kernel == "forward" else ()),
+        ]
     return tuple(dict.fromkeys(rows))
 
 
@@ -177,7 +184,7 @@ def choose(kernel: str, kind: Kind) -> Config:
     if kernel in ("decode", "table"):
         config = {"decode": _DECODE, "table": _TABLE}[kernel][size][column]
         if kernel == "table" and kind.capability != 9:
-            return config._replace(warps=8, stages=1)
+            return config._replace(warps=8)
         return config
     if kernel in _APART:
         if are_apart(kind):
@@ -190,14 +197,14 @@ def choose(kernel: str, kind: Kind) -> Config:
         return _SINGLE[kernel][column]
     # More than one bias of 16-bit numbers, with which the other tiles were measured, leaves them no room.
     if kind.pair_bytes > 2:
-        return (_TILE_LOADS if width < 256 else _WIDE_LOADS)[kernel]
+        return _TILE_LOADS.get(width, _WIDE_LOADS)[kernel]
     if kind.describes:
         return _described(kernel, kind)
     if kind.loads not in ("", "line") and width < 256:
-        return _TILE_LOADS[kernel]
+        return _TILE_LOADS[width][kernel]
     capability = min(max(kind.capability, 8), 10)
     if kernel == "dq" and kind.dropout and capability != 9 and width == 64:
-        return _TILE_LOADS[kernel]
+        return _TILE_LOADS[width][kernel]
     return _HALF[kernel, capability][column]
 
 
