@@ -129,7 +129,8 @@ class Site:
         That is what all batch entries load for each pair, and no tile can read as it lies.
         """
         scores = self.batch * self.heads * self.q_len * self.kv_len
-        if self.batch < FEWEST_ENTRIES_GATHERED or scores < FEWEST_SCORES_GATHERED:
+        few = self.batch < FEWEST_ENTRIES_GATHERED or scores < FEWEST_SCORES_GATHERED
+        if few or self.q_len <= decode.MAX_QUERIES:
             return {}
         found = {}
         for load in loads_of_pairs(self.program.score):

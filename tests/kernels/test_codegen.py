@@ -224,10 +224,11 @@ def test_what_all_batch_entries_load_is_gathered_in_rows(monkeypatch):
     index, bias = {"t": (9, 4), "i": (250, 250)}, {"t": (4, 250, 250)}
     assert arrays("s + t[i[q, kv], h]", **index) == arrays("s + t[h, q, kv]", **bias) == [(4, 250, 256)]
     assert arrays("s + t[i[q, kv], 2] + t[i[q, kv], h]", **index) == [(1, 250, 256), (4, 250, 256)]
-    # Entries of the batch differ, there are few of them, or distances are.
+    # Entries of the batch differ, there are few of them or of queries, or distances are.
     assert arrays("s + t[b, q, kv]", t=(64, 250, 250)) == []
     assert arrays("s + t[i[b, q, kv], h]", t=(9, 4), i=(64, 250, 250)) == []
     assert arrays("s + t[i[q, kv], h]", batch=3, **index) == []
+    assert arrays("s + t[h, q, kv]", batch=2**14, length=16, t=(4, 16, 16)) == []
     assert arrays("s + t[h, kv - q + 249]", t=(4, 499)) == []
     # Where no tile is cut off, rows whose addresses are multiples of 8 elements are read as they lie.
     assert arrays("s + t[h, q, kv]", length=256, t=(4, 256, 256)) == []
