@@ -22,6 +22,8 @@ from flashfuse.kernels.spec import ScoreProgram
 ROUNDS = 3
 CHECKED = 1024
 """Tokens of the problem on which results are compared with float64."""
+FEW = 256
+"""Up to so many, all batch entries are compared."""
 
 Way = Callable[..., Tensor]
 
@@ -32,7 +34,8 @@ class Problem:
 
     ``captures`` makes the captured tensors for a length, in the program's order; ``grads`` are those that
     get a gradient.  ``causal`` tells SDPA's kernels what to do, ``None`` that they cannot.  ``flex`` gives
-    ``(score_mod, mask_mod)`` over the captures, ``None`` that FlexAttention cannot.
+    ``(score_mod, mask_mod)`` over the captures, ``None`` that FlexAttention cannot.  ``bias`` is what SDPA
+    adds to the scores, made from the captures.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Problem:
     causal: bool | None = None
     flex: Callable[[Sequence[Tensor]], tuple[Any, Any]] | None = None
     varlen: bool = False
+    bias: Callable[[Sequence[Tensor]], Tensor] | None = None
 
     @property
     def program(self) -> ScoreProgram:
@@ -118,6 +122,18 @@ def sdpa(problem: Problem, backend: SDPBackend) -> Way:
     return run
 
 
+def sdpa_with_bias(problem: Problem, captures: Sequence[Tensor]) -> Way:
+    """By the backend that PyTorch chooses, the bias being made anew at each call."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *floats: Tensor) -> Tensor:
+        given = list(captures)
+        for i, t in zip(problem.grads, floats, strict=True):
+            given[i] = t
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=problem.bias(given))  # type: ignore[misc]
+
+    return run
+
+
 def flex(problem: Problem, captures: Sequence[Tensor]) -> Way:
     import torch._dynamo
     import torch._functorch.config
@@ -161,9 +177,10 @@ def varlen(document: Tensor) -> Way:
 
 
 def equal(problem: Problem) -> bool:
-    """The rule of the tests at a length of CHECKED, one batch entry, forward and backward."""
-    _, h, n, d = problem.shape
-    small = Problem(problem.name, (1, h, min(n, CHECKED), d), problem.text, problem.captures, problem.grads)
+    """The rule of the tests at a length of CHECKED, one batch entry, or all that are short, both ways."""
+    b, h, n, d = problem.shape
+    shape = (b if n <= FEW else 1, h, min(n, CHECKED), d)
+    small = Problem(problem.name, shape, problem.text, problem.captures, problem.grads)
     n = small.shape[2]
     captures = [c.to(torch.bfloat16) if i in problem.grads else c for i, c in enumerate(problem.captures(n))]
     *leaves, do = tensors(small.shape)
@@ -213,7 +230,7 @@ def interleaved(
     peak: dict[str, int] = {}
     for _ in range(ROUNDS):
         for name, run in ways.items():
-            given = leaves if name in ("ours", "flex") else leaves[:3]
+            given = leaves if name in ("ours", "flex", "bias") else leaves[:3]
             with_grad = [t.detach().requires_grad_() for t in given]
             try:
                 forward = elapsed_ms(functools.partial(run, *given))
@@ -252,6 +269,8 @@ def measure(problem: Problem, with_flex: bool) -> Measured:
         ways["cudnn"] = sdpa(problem, SDPBackend.CUDNN_ATTENTION)
     if problem.varlen:
         ways["varlen"] = varlen(captures[0][0])
+    if problem.bias is not None:
+        ways["bias"] = sdpa_with_bias(problem, captures)
     if with_flex and problem.flex is not None:
         ways["flex"] = flex(problem, captures)
     ms, peak = interleaved(ways, leaves, do)

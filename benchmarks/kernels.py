@@ -171,6 +171,42 @@ def _programs() -> list[Problem]:
     ]
 
 
+def _windows(name: str, shape: tuple[int, int, int, int], entries: int) -> Problem:
+    """Swin's and BEiT's: a weight for each head and entry of a table, by an index for each pair."""
+
+    def captures(length: int) -> list[Tensor]:
+        places = torch.randint(entries, (length, length), device="cuda")
+        return [torch.randn(entries, shape[1], device="cuda"), places]
+
+    def bias(given: Sequence[Tensor]) -> Tensor:
+        weights, places = given
+        return weights[places.view(-1)].view(*places.shape, -1).permute(2, 0, 1)[None]
+
+    def flex(given: Sequence[Tensor]) -> tuple[Any, Any]:
+        weights, places = given
+        return lambda s, b, h, q, kv: s + weights[places[q, kv], h], None
+
+    text = f"s*{shape[3] ** -0.5} + weight[place[q, kv], h]"
+    return Problem(name, shape, text, captures, (0,), flex=flex, bias=bias)
+
+
+def _dense_bias(shape: tuple[int, int, int, int]) -> Problem:
+    """A trained bias for each head and pair."""
+
+    def flex(given: Sequence[Tensor]) -> tuple[Any, Any]:
+        return lambda s, b, h, q, kv: s + given[0][h, q, kv], None
+
+    return Problem(
+        "bias of each pair",
+        shape,
+        f"s*{shape[3] ** -0.5} + bias[h, q, kv]",
+        lambda length: [torch.randn(shape[1], length, length, device="cuda")],
+        (0,),
+        flex=flex,
+        bias=lambda given: given[0][None],
+    )
+
+
 SECTIONS: dict[str, list[Problem]] = {
     "dense": [_dense(d, c, n) for d in (64, 128) for n in (1024, 4096, 16384) for c in (False, True)],
     "sparse": [
@@ -182,6 +218,13 @@ SECTIONS: dict[str, list[Problem]] = {
     ],
     "density": [_random(d, f"density {d}") for d in (1.0, 0.6, 0.3, 0.15, 0.05)],
     "programs": _programs(),
+    "tables of pairs": [
+        _windows("Swin-tiny, first layers", (4096, 3, 49, 32), 169),
+        _windows("Swin-tiny, third stage", (256, 12, 49, 32), 169),
+        _windows("BEiT-base", (64, 12, 197, 64), 732),
+        _dense_bias((64, 12, 200, 64)),
+        _dense_bias((4, 16, 2048, 64)),
+    ],
     "packed": [_documents((1, WIDTH // d, TOKENS, d)) for d in (64, 128)],
     "training": [
         Problem("gpt2 dropout 0.1", (16, 12, 1024, 64), "s*0.125 where kv <= q", dropout_p=0.1, causal=True)
@@ -256,6 +299,7 @@ WAYS = {
     "flash": "FlashAttention-2",
     "cudnn": "cuDNN",
     "varlen": "FlashAttention-2 packed",
+    "bias": "SDPA with a bias",
 }
 
 
@@ -359,6 +403,10 @@ def tables(
         elif section == "programs":
             lines += ["## Programs, ms forward/backward", "", f"{shape}, causal.", ""]
             lines += _times(rows, _against_plain(rows), ["of plain speed"])
+        elif section == "tables of pairs":
+            lines += ["## Tables of pairs, ms forward/backward", ""]
+            lines += ["B × H × N × D; each with the gradient of the table, or of the bias.", ""]
+            lines += _times(rows, lambda row: (" × ".join(map(str, row.problem.shape)),), ["shape"])
         else:
             lines += [f"## {section.title()}, ms forward/backward", "", f"{shape}.", ""]
             lines += _times(rows, lambda row: (f"{row.density:.3f}",), ["density"])
