@@ -68,6 +68,7 @@ class Table:
     Attributes:
         slope: the derivative of the score by the load; ``None`` where it is 1.
         add: adds a tile of gradients to the buffer.
+        write: writes it there, where the index is h, q and kv, and nothing else adds to it; or ``None``.
         by_distance: the index depends on q and kv only by their difference; else not on b.
         uses_b: the index, or where the ends are, depends on b.
         has_ends: beyond :class:`Ends`, all distances share one element, whose gradient is a plain sum of dS.
@@ -75,6 +76,7 @@ class Table:
 
     slope: Any
     add: Any
+    write: Any
     by_distance: bool
     uses_b: bool
     has_ends: bool
@@ -185,7 +187,8 @@ def generate(
     others = [load for load in loads if load not in of_tables]
     functions.append(_accumulate_function("accumulate_others", score, others, names) if others else "")
     for i, of_table in enumerate(of_tables):
-        functions += _table_functions(i, of_table, score, names)
+        is_alone = [load.slot for load in loads].count(of_table.slot) == 1
+        functions += _table_functions(i, of_table, is_alone, score, names)
     reach = [c for c in conditions(mask) if _is_of_distances_alone(c)]
     functions.append(_function("reach_mod", logical_and(*reach), names) if reach else "")
     may_have_ends = fold and dscale is not None and dscale > 0
@@ -209,8 +212,8 @@ def generate(
         has_ends = ends is not None and ends.values is not None and of_table.node == load
         # Where the ends are may depend on the rest of the score, too.
         uses_b = "b" in variables(score if has_ends else of_table.node)
-        slope_mod, add_mod = getattr(module, f"table_slope_{i}", None), getattr(module, f"table_add_{i}")
-        tables.append(Table(slope_mod, add_mod, is_of_distance(of_table.node), uses_b, has_ends))
+        jitted = (getattr(module, f"table_{name}_{i}", None) for name in ("slope", "add", "write"))
+        tables.append(Table(*jitted, is_of_distance(of_table.node), uses_b, has_ends))
     return Generated(
         score=module.score_mod,
         mask=getattr(module, "mask_mod", None),
@@ -393,8 +396,8 @@ def _accumulate_function(name: str, score: Expr, loads: Sequence[_Load], names: 
     return render(name, _GRADIENT_PARAMETERS, printer.lines or ["pass"])
 
 
-def _add(load: _Load, value: str, printer: Printer) -> None:
-    """Write the addition of a [q, kv] tile of gradients at the indices of ``load``."""
+def _add(load: _Load, value: str, printer: Printer, alone: bool = False) -> None:
+    """Write the addition of a [q, kv] tile of gradients at the indices of ``load``; see ``add_gradient``."""
     offset = printer.offset(load.indices, load.strides, load.wide)
     used = set().union(*(variables(i) for i in load.indices))
     if "kv" not in used and "q" not in used:
@@ -406,17 +409,19 @@ def _add(load: _Load, value: str, printer: Printer) -> None:
             value = printer.emit(f"tl.sum({value}, 0)[None, :]")
         offset = f"{offset} + tl.zeros_like({value}).to(tl.int32)"
     buffer, scale = f"gptrs[{2 * load.slot}]", f"gptrs[{2 * load.slot + 1}]"
-    printer.lines.append(f"add_gradient({buffer}, {scale}, {offset}, {value})")
+    printer.lines.append(f"add_gradient({buffer}, {scale}, {offset}, {value}{', True' if alone else ''})")
 
 
-def _table_functions(i: int, load: _Load, score: Expr, names: Names) -> list[str]:
+def _table_functions(i: int, load: _Load, is_alone: bool, score: Expr, names: Names) -> list[str]:
     found = []
     slope = derivative(score, load.node)
     if slope != const(1):
         found.append(_function(f"table_slope_{i}", slope, names))
-    printer = Printer(names)
-    _add(load, "g", printer)
-    found.append(render(f"table_add_{i}", _GRADIENT_PARAMETERS, printer.lines))
+    pairs = {Expr("var", name) for name in ("h", "q", "kv")}
+    for name in ("add", "write") if is_alone and pairs <= set(load.indices) else ("add",):
+        printer = Printer(names)
+        _add(load, "g", printer, alone=name == "write")
+        found.append(render(f"table_{name}_{i}", _GRADIENT_PARAMETERS, printer.lines))
     return found
 
 

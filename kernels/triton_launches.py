@@ -221,9 +221,10 @@ def of_table(site: Site, i: int, config: configs.Config | None = None) -> Launch
     # Every part adds a number for each distance, or for each pair.
     enough = processors(site.device) * (8 if table.by_distance else 1)
     parts = site.batch if table.uses_b else min(tiles, -(-enough // (site.heads * busy)))
+    add = table.write if parts == 1 and table.write is not None else table.add
     numbers = (
         *(site.nums, site.gnums, *site.four_strides, site.batch, *site.lengths, parts, *site.drop),
-        *(code.score, code.mask, table.slope, table.add, code.reach, code.reach_is_mask),
+        *(code.score, code.mask, table.slope, add, code.reach, code.reach_is_mask),
         *(*site.end_functions[:2], skips_ends, site.scale, code.folded, *site.dims),
         *(site.even, site.dropout, site.precision, table.by_distance, config.bm),
     )

@@ -111,7 +111,8 @@ import json, sys, torch
 sys.path.insert(0, sys.argv[1])
 sys.path.insert(0, sys.argv[1] + "/kernels")
 from kernel_cases import *
-from flashfuse.kernels import block_map, block_map_triton, decode, launch, triton_attention, triton_site
+from flashfuse.kernels import block_map, block_map_triton, decode, launch
+from flashfuse.kernels import triton_attention, triton_launches, triton_site
 from flashfuse.kernels.spec import ScoreProgram
 from test_block_map import EXACT, CONSERVATIVE, captures_of, states_of
 
@@ -242,16 +243,18 @@ for case in [
 triton_site.FEWEST_SCORES_GATHERED = triton_site.FEWEST_ENTRIES_GATHERED = 0
 run_launch, launched = launch.launch, []
 def recorded(what, *tensors):
-    launched.append(what.kernel.fn.__name__)
+    launched.extend(f.fn.__name__ for f in (what.kernel, *what.numbers) if hasattr(f, "fn"))
     return run_launch(what, *tensors)
 launch.launch = recorded
 
-def gathered(case):
+def gathered(case, writes=False):
     launched.clear()
+    triton_attention._SITES.clear()
     run_case(triton_attention, case, "cpu")
     arrays = len(case.captures(*case.sizes)) - case.program.count("pad[") - ("i[" in case.program)
     assert launched.count("gather_pairs") == 2 * arrays
     assert launched.count("backward_table") == (len(case.grads) if case.sizes[0] > 1 else 0)
+    assert ("table_write_0" in launched) == writes
 
 def of_pairs(*sizes):
     def make(b, h, sq, skv):
@@ -276,7 +279,12 @@ for case in [
 ]:
     case = Case(**case)
     attempt(str(case), lambda: gathered(case))
-""", 7),
+    if "e[h, q, kv]" in case.program and case.sizes[0] > 1:
+        # One program for all of the batch writes its sums.
+        triton_launches.processors = lambda device: 1
+        attempt(f"{case}, one part", lambda: gathered(case, writes=True))
+        triton_launches.processors = triton_site.processors
+""", 9),
     # As in long sequences on capability 9: tiles by descriptors; dk and dv of wide heads one by one.
     "described": ("""
 triton_site.FEWEST_SCORES_DESCRIBED = 0
