@@ -181,7 +181,8 @@ def generate(
     functions.append(_function("sink_mod", program.sink, names) if program.sink is not None else "")
     functions.append(_function("dscore_mod", slope, names) if dscale is None else "")
     functions += [_gather_function(f"gather_{i}", of.load, names) for i, of in enumerate(gathered)]
-    loads = _wanted_loads(program, grads, gathered)
+    wanted = _wanted_loads(program, grads, gathered)
+    loads = [load for load in wanted if derivative(score, load.node) != const(0)]
     functions.append(_accumulate_function("accumulate", score, loads, names) if grads else "")
     of_tables = [load for load in loads if _is_of_table(load, mask, has_batch)]
     others = [load for load in loads if load not in of_tables]
@@ -190,7 +191,7 @@ def generate(
         is_alone = [load.slot for load in loads].count(of_table.slot) == 1
         functions += _table_functions(i, of_table, is_alone, score, names)
     reach = [c for c in conditions(mask) if _is_of_distances_alone(c)]
-    functions.append(_function("reach_mod", logical_and(*reach), names) if reach else "")
+    functions.append(_function("reach_mod", logical_and(*reach), names) if reach and of_tables else "")
     may_have_ends = fold and dscale is not None and dscale > 0
     with_ends = _load_with_ends(score, names) if may_have_ends else None
     line = _slopes(score) if may_have_ends and not folded else None
@@ -358,9 +359,9 @@ def _is_of_table(load: _Load, mask: Expr | None, has_batch: bool) -> bool:
     if is_of_distance(load.node):
         return True
     used = set().union(*(variables(i) for i in load.indices))
-    # Nothing tells the kernel of tables which blocks such a mask leaves out.
-    of_pairs = mask is not None and any(n.op == "load" and axis_of(n) == 2 for n in walk(mask))
-    return has_batch and {"q", "kv"} <= used and "b" not in used and not of_pairs
+    # Which blocks other conditions on q and kv leave out nothing tells the kernel of tables.
+    is_told = all(axis_of(c) != 2 or _is_of_distances_alone(c) for c in conditions(mask))
+    return has_batch and {"q", "kv"} <= used and "b" not in used and is_told
 
 
 def _is_of_distances_alone(condition: Expr) -> bool:

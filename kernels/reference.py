@@ -6,7 +6,7 @@ against them.  ``evaluate`` also builds the masks of the CPU variant, tile by ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -91,21 +91,6 @@ def evaluate(e: Expr, env: Mapping[str, Value]) -> Value:
     return visit(e)
 
 
-def add_to_load(total: Tensor, load: Expr, env: Mapping[str, Value], gradient: Tensor) -> None:
-    """Add ``gradient``, of [B, H, Sq, Skv] or axes of 1, to the contiguous ``total`` where ``load`` reads."""
-    at = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=gradient.device)
-    for index, n, stride in zip(load.operands, total.shape, total.stride(), strict=True):
-        place = as_tensor(evaluate(index, env), gradient.device)
-        # Of pairs whose gradient is 0 it may lie before the first.
-        at = torch.add(at, place if index.op == "var" else place % n, alpha=stride)
-    # Summed first over what the index does not depend on, so that few elements are scattered.
-    axes = [axis for axis, n in enumerate(at.shape) if n == 1 and gradient.shape[axis] > 1]
-    summed = gradient.sum(axes, keepdim=True) if axes else gradient
-    # Not by ``index_put_``, which sorts, and then adds one by one what shares an entry.
-    terms = summed.to(total.dtype).expand(at.shape).reshape(-1)
-    total.view(-1).scatter_add_(0, at.reshape(-1), terms)
-
-
 def as_tensor(value: Value, device: torch.device | None, dtype: torch.dtype | None = None) -> Tensor:
     """``value`` as a tensor, made on ``device``: a CUDA graph can record it, a copy of a number not."""
     if isinstance(value, Tensor):
@@ -123,17 +108,13 @@ def environment(
     ints: Sequence[int],
     sizes: tuple[int, int, int, int],
     device: torch.device | str,
-    needed: Collection[str] = INDEX_VARS,
 ) -> dict[str, Value]:
     """Variables and captures of ``program`` for :func:`evaluate`; ``sizes`` is (B, H, Sq, Skv).
 
-    The index variables have shapes [B,1,1,1], [1,H,1,1], [1,1,Sq,1] and [1,1,1,Skv]; only those that are
-    ``needed`` are made.
+    The index variables have shapes [B,1,1,1], [1,H,1,1], [1,1,Sq,1] and [1,1,1,Skv].
     """
     env: dict[str, Value] = {"Sq": sizes[2], "Skv": sizes[3]}
     for axis, (name, size) in enumerate(zip(INDEX_VARS, sizes, strict=True)):
-        if name not in needed:
-            continue
         shape = [1, 1, 1, 1]
         shape[axis] = size
         env[name] = torch.arange(size, device=device).view(shape)

@@ -10,14 +10,14 @@ sink, lse and delta are [B, H, Sq]; a row that is dead has P_sink = 0.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from flashfuse.kernels.derivative import derivative
-from flashfuse.kernels.expr import walk
-from flashfuse.kernels.reference import Value, add_to_load, as_tensor, environment, evaluate
+from flashfuse.kernels.expr import Expr, walk
+from flashfuse.kernels.reference import Value, as_tensor, environment, evaluate
 from flashfuse.kernels.spec import ScoreProgram
 
 Sizes = tuple[int, int, int, int]
@@ -69,8 +69,20 @@ def gradients(
         total = found.setdefault(name, torch.zeros(named[name].shape, dtype=delta.dtype, device=delta.device))
         by_load = as_tensor(evaluate(derivative(program.sink, load), env), delta.device)
         gradient = torch.where(slope == 0, 0, slope * by_load)
-        add_to_load(total, load, env, gradient)
+        _add_to_load(total, load, env, gradient)
     return found
+
+
+def _add_to_load(total: Tensor, load: Expr, env: Mapping[str, Value], gradient: Tensor) -> None:
+    """Add ``gradient``, of [B, H, Sq, 1] or axes of 1, to the contiguous ``total`` where ``load`` reads."""
+    at = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=gradient.device)
+    for index, stride in zip(load.operands, total.stride(), strict=True):
+        at = torch.add(at, as_tensor(evaluate(index, env), gradient.device), alpha=stride)
+    # Summed first over what the index does not depend on, so that few elements are scattered.
+    axes = [axis for axis, n in enumerate(at.shape) if n == 1 and gradient.shape[axis] > 1]
+    summed = gradient.sum(axes, keepdim=True) if axes else gradient
+    # Not by ``index_put_``, which sorts, and then adds one by one what shares an entry.
+    total.view(-1).scatter_add_(0, at.reshape(-1), summed.expand(at.shape).reshape(-1))
 
 
 def _environment(

@@ -93,7 +93,8 @@ class ScoreProgram:
     ``s*0.125 where kv <= q sink sinks[h]``.
 
     Attributes:
-        score: the score; real-valued.  Never −inf: what is masked is said by ``mask``.
+        score: the score; real-valued.  Never −inf: what is masked is said by ``mask``.  Indices of what it
+            loads lie inside for every pair, also where the mask forbids it.
         mask: true = attend; ``None`` = every key.
         dead_rows: what a row with no key allowed gives.  A row can also be dead without a mask, where
             a captured float tensor holds −inf.  With a sink a row is dead only if the sink is −inf as

@@ -150,7 +150,7 @@ def backward_table(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         total, low_total = sum_up(total, low_total, of_tile)
     if end > begin:
-        # Where no pair is, past the ends, nothing was summed.
+        # Where no pair is, past the last query or key, nothing was summed.
         if BY_DISTANCE:
             # In memory, additions at one place wait for each other: one for each distance.
             for side in tl.static_range(2):

@@ -130,17 +130,21 @@ class Site:
         """
         scores = self.batch * self.heads * self.q_len * self.kv_len
         few = self.batch < FEWEST_ENTRIES_GATHERED or scores < FEWEST_SCORES_GATHERED
-        if few or self.q_len <= decode.MAX_QUERIES:
+        if few or self._most_splits:
             return {}
         found = {}
         for load in loads_of_pairs(self.program.score):
             table = captures[self.program.captures.index(load.args[0])]
             used = variables(load)
+            axes = zip(load.operands, table.shape, table.stride(), strict=True)
+            moved = set().union(*(variables(i) for i, size, stride in axes if size > 1 and stride))
             sizes = self.heads if "h" in used else 1, self.q_len, -(-self.kv_len // 8) * 8
             in_rows = table.stride(-1) == 1 and follows_keys(load.operands[-1])
             if (
                 table.is_floating_point()
                 and not used & {"s", "b"}
+                # Else it is one for all queries, or for all keys.
+                and {"q", "kv"} <= moved
                 # Of distances there are few, and tables of them have ends.
                 and not is_of_distance(load)
                 and not (in_rows and self.even and all(s % 8 == 0 for s in table.stride()[:-1]))
@@ -198,6 +202,8 @@ class Site:
 
     def tuned(self, name: Hashable, make: Callable[..., Launch], tensors: tuple[Any, ...]) -> Launch:
         """The launch ``name`` with the tiles that are the fastest on ``tensors``."""
+        # All tables go by one name there.
+        name = name.rstrip("0123456789") if isinstance(name, str) else name
         if not isinstance(name, str) or name not in autotune.WRITTEN:
             return make()
         shared = autotune.shared_memory(self.device)
@@ -286,10 +292,13 @@ class Site:
 
     def _splits(self, device: torch.device) -> int:
         """How many parts the keys are split into; 0 where the ordinary kernel runs."""
+        most = self._most_splits
+        return decode.split_count(self.decode_tiles(), most, processors(device)) if most else 0
+
+    @property
+    def _most_splits(self) -> int:
         most = self.kv_len // decode.FEWEST_KEYS
-        if self.q_len > decode.MAX_QUERIES or self.dropout or most < 2:
-            return 0
-        return decode.split_count(self.decode_tiles(), most, processors(device))
+        return 0 if self.q_len > decode.MAX_QUERIES or self.dropout or most < 2 else most
 
     def decode_config(self) -> configs.Config:
         config = self.config("decode")

@@ -169,13 +169,13 @@ def test_conditions_count_as_numbers_in_sums():
     assert total.count(".to(tl.int32)") == 2
 
 
-def site_of(text, batch, length, **captures):
+def site_of(text, batch, length, q_len=None, **captures):
     pytest.importorskip("triton")
     from flashfuse.kernels.triton_site import Site
 
     program = ScoreProgram.parse(text)
-    qkv = [torch.empty(batch, 4, length, 16, device="meta") for _ in range(3)]
-    kinds = {"i": torch.long, "m": torch.bool}
+    qkv = [torch.empty(batch, 4, n, 16, device="meta") for n in (q_len or length, length, length)]
+    kinds = {"i": torch.long, "m": torch.bool, "d": torch.long}
     tensors = [
         torch.empty(captures[n], dtype=kinds.get(n, torch.float32), device="meta") for n in program.captures
     ]
@@ -204,31 +204,36 @@ TABLES = [
 @pytest.mark.parametrize(("bias", "captures", "expected"), TABLES)
 def test_tables_are_what_many_tiles_load_alike(bias, captures, expected):
     def tables(text, batch):
-        code = site_of(text, batch, 20, **captures, m=(20, 20)).code
+        code = site_of(text, batch, 20, **captures, m=(20, 20), d=(2, 20)).code
         assert (code.others is None) == (len(code.tables) == bias.count("[") - bias.count("i["))
         return ["distances" if table.by_distance else "pairs" for table in code.tables]
 
     assert tables(f"s + {bias}", 2) == tables(f"s + {bias} where kv <= q", 2) == expected
+    assert tables(f"s + {bias} where kv - q < 9 and d[b, kv] > 0 and d[b, q] > 0", 2) == expected
     # Of one entry the tiles are all different; of blocks that a mask leaves out the kernel is not told.
     of_distances = [kind for kind in expected if kind == "distances"]
-    assert tables(f"s + {bias}", 1) == tables(f"s + {bias} where m[q, kv]", 2) == of_distances
+    for text, batch in (("", 1), (" where m[q, kv]", 2), (" where kv <= q and d[b, q] == d[b, kv]", 2)):
+        assert tables(f"s + {bias}{text}", batch) == of_distances
 
 
 def test_what_all_batch_entries_load_is_gathered_in_rows(monkeypatch):
     pytest.importorskip("triton")
     from flashfuse.kernels import triton_site
 
-    def arrays(text, batch=64, length=250, **captures):
-        return [tuple(t.shape) for t in site_of(text, batch, length, **captures).arrays]
+    def arrays(text, batch=64, length=250, **rest):
+        return [tuple(t.shape) for t in site_of(text, batch, length, **rest).arrays]
 
     index, bias = {"t": (9, 4), "i": (250, 250)}, {"t": (4, 250, 250)}
     assert arrays("s + t[i[q, kv], h]", **index) == arrays("s + t[h, q, kv]", **bias) == [(4, 250, 256)]
     assert arrays("s + t[i[q, kv], 2] + t[i[q, kv], h]", **index) == [(1, 250, 256), (4, 250, 256)]
-    # Entries of the batch differ, there are few of them or of queries, or distances are.
+    # Entries of the batch differ, there are few of them or of distances, or a step decodes.
     assert arrays("s + t[b, q, kv]", t=(64, 250, 250)) == []
     assert arrays("s + t[i[b, q, kv], h]", t=(9, 4), i=(64, 250, 250)) == []
     assert arrays("s + t[i[q, kv], h]", batch=3, **index) == []
-    assert arrays("s + t[h, q, kv]", batch=2**14, length=16, t=(4, 16, 16)) == []
+    assert arrays("s + t[h, q, kv]", batch=2**14, length=15, t=(4, 15, 15)) == [(4, 15, 16)]
+    assert arrays("s + t[h, q, kv]", q_len=15, t=(4, 15, 250)) == []
+    # A row or a column of numbers.
+    assert arrays("s + t[h, q, kv]", t=(4, 1, 250)) == arrays("s + t[h, q, kv]", t=(4, 250, 1)) == []
     assert arrays("s + t[h, kv - q + 249]", t=(4, 499)) == []
     # Where no tile is cut off, rows whose addresses are multiples of 8 elements are read as they lie.
     assert arrays("s + t[h, q, kv]", length=256, t=(4, 256, 256)) == []

@@ -133,7 +133,7 @@ def cases():
             for length in (49, 200, 256):
                 yield make(
                     *(program, captures, grads),
-                    sizes=(64, 6, length, length),
+                    sizes=(128, 6, length, length),
                     kv_heads=2,
                     dims=dims,
                     dtype=dtype,
