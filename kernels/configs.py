@@ -118,6 +118,8 @@ _TABLE: dict[int, tuple[Config, Config, Config]] = {
     2: (_C(64, 64, 4, 2), _C(64, 64, 4, 2), _C(32, 32, 4, 1)),
     4: (_C(32, 32, 4, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1)),
 }
+# From capability 9 on
+_PAIRS = {**_TABLE, 2: (_C(64, 64, 4, 2), _C(64, 64, 4, 2), _C(64, 64, 8, 1))}
 
 
 class Kind(NamedTuple):
@@ -178,12 +180,16 @@ def are_apart(kind: Kind) -> bool:
 
 
 def choose(kernel: str, kind: Kind) -> Config:
-    """The config of a kernel: forward, dkdv, dk, dv, dq, table; that of decode is for the fewest rows."""
+    """The config of a kernel: forward, dkdv, dk, dv, dq; that of decode is for the fewest rows.
+
+    ``table`` and ``pairs`` are those of tables of distances and of pairs.
+    """
     width, size = kind.width, 2 if kind.itemsize == 2 else 4
     column = (64, 128, 256).index(width)
-    if kernel in ("decode", "table"):
-        config = {"decode": _DECODE, "table": _TABLE}[kernel][size][column]
-        if kernel == "table" and kind.capability != 9:
+    if kernel in ("decode", "table", "pairs"):
+        of_pairs = _PAIRS if kind.capability >= 9 else _TABLE
+        config = {"decode": _DECODE, "table": _TABLE, "pairs": of_pairs}[kernel][size][column]
+        if kernel != "decode" and kind.capability != 9:
             return config._replace(warps=8)
         return config
     if kernel in _APART:

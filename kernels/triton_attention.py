@@ -138,9 +138,10 @@ def backward(
             make = functools.partial(triton_launches.of_dq, site, dq, kv_map, False)
             tensors = q, k, v, do, dq
             run(f"dq{kind}", aligned, make, *tensors, stats, None, kv_map, seed, ends, ptrs, buffers)
-            for i in range(0 if site.is_constant else len(code.tables)):
+            for i, table in enumerate(() if site.is_constant else code.tables):
                 make = functools.partial(triton_launches.of_table, site, i)
-                run(f"table{i or ''}{kind}", aligned, make, q, k, v, do, stats, seed, ends, ptrs, buffers)
+                name = f"{'table' if table.by_distance else 'pairs'}{i or ''}{kind}"
+                run(name, aligned, make, q, k, v, do, stats, seed, ends, ptrs, buffers)
             if site.uniform:
                 make = functools.partial(triton_launches.of_dq, site, dq, None, True)
                 its = _stats_of_dead_rows(site, lse, stats)

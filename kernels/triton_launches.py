@@ -212,7 +212,7 @@ def of_table(site: Site, i: int, config: configs.Config | None = None) -> Launch
     """The gradient of the i-th table."""
     code, table = site.code, site.code.tables[i]
     skips_ends = table.has_ends and site.skips_ends
-    config = config or site.config("table")
+    config = config or site.config("table" if table.by_distance else "pairs")
     q_tiles, kv_tiles = (-(-length // config.bm) for length in (site.q_len, site.kv_len))
     together = q_tiles + kv_tiles - 1 if table.by_distance else q_tiles * kv_tiles
     # Few diagonals lie between the ends.

@@ -202,7 +202,7 @@ class Site:
 
     def tuned(self, name: Hashable, make: Callable[..., Launch], tensors: tuple[Any, ...]) -> Launch:
         """The launch ``name`` with the tiles that are the fastest on ``tensors``."""
-        # All tables go by one name there.
+        # All tables of distances go by one name there.
         name = name.rstrip("0123456789") if isinstance(name, str) else name
         if not isinstance(name, str) or name not in autotune.WRITTEN:
             return make()

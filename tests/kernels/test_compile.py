@@ -57,6 +57,18 @@ SITES = {
         "dim": 128,
         "batch": 64,
     },
+    "looked up by query 64": {
+        "text": INDICES.partition(" where")[0],
+        "captures": [(4, 300, 32), (300, 300)],
+        "length": 300,
+        "batch": 2,
+    },
+    "bias of all 256": {
+        "text": "s*0.125 + bias[h, q, kv]",
+        "captures": [(4, 256, 256)],
+        "dim": 256,
+        "batch": 64,
+    },
     "bias of all 64": {"text": "s*0.125 + bias[h, q, kv]", "captures": [(4, 256, 256)], "batch": 64},
     "gather 128": {"text": GATHER, "captures": [(4, 300, 32), (599,)], "length": 300, "dim": 128},
 }
