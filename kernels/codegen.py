@@ -213,8 +213,11 @@ def generate(
         has_ends = ends is not None and ends.values is not None and of_table.node == load
         # Where the ends are may depend on the rest of the score, too.
         uses_b = "b" in variables(score if has_ends else of_table.node)
-        jitted = (getattr(module, f"table_{name}_{i}", None) for name in ("slope", "add", "write"))
-        tables.append(Table(*jitted, is_of_distance(of_table.node), uses_b, has_ends))
+        slope_mod, add_mod, write = (
+            getattr(module, f"table_{name}_{i}", None) for name in ("slope", "add", "write")
+        )
+        by_distance = is_of_distance(of_table.node)
+        tables.append(Table(slope_mod, add_mod, write, by_distance, uses_b, has_ends))
     return Generated(
         score=module.score_mod,
         mask=getattr(module, "mask_mod", None),

@@ -134,6 +134,13 @@ def _at_smaller_sizes(
     that has a length of its own.  Where the user's nodes do not run others are drawn, and in the end
     those of the trace, at which they did.
     """
+    apart = shrink(region.shape, numbered, seed, tells_apart=True)
+    if apart.twice:
+        # Where they were told apart wrongly, the batch stays as large as it is.
+        with contextlib.suppress(Exception):
+            done = _drawn(region, replacement, site, apart, seed, draws, model)
+            if not done[-1].difference:
+                return apart, done
     attempts: list[Symbols] = ["lengths", *(["any"] * UNRELATED), "hints"]  # type: ignore[list-item]
     for i, symbols in enumerate(attempts):
         sizes = shrink(region.shape, numbered, seed + i, symbols)
@@ -280,7 +287,7 @@ class _Comparison:
             return self.sizes(example) if isinstance(example, (int, torch.SymInt)) else example
         if nodes.tensor(node) is None or example.is_complex():
             raise NotProvable(f"`{node.name}` is not a dense real tensor")
-        shape = tuple(self.sizes(n) for n in nodes.shape(node))
+        shape = self.sizes.shape(nodes.shape(node))
         expanded = [stride == 0 for stride in map(nodes.size_of, example.stride())]
         own = tuple(1 if e else n for n, e in zip(shape, expanded, strict=True))
         if example.is_floating_point():

@@ -56,6 +56,8 @@ class Shrink:
         symbols: symbolic size → what was drawn for it.
         kept: numbers that cannot change.
         as_traced: symbolic sizes are equal, or in order, as in the trace.
+        twice: what both the images of a batch and the windows of an image count, or 0.  Of two such sizes in
+            one shape the first is that of the images, which becomes 2.
     """
 
     small: dict[int, int]
@@ -65,6 +67,7 @@ class Shrink:
     symbols: dict[sympy.Symbol, int]
     kept: set[int] = field(default_factory=set)
     as_traced: bool = False
+    twice: int = 0
     _known: dict[int, int] = field(default_factory=dict)
     _ops: dict[fx.Node, dialect.Op | None] = field(default_factory=dict)
 
@@ -95,12 +98,23 @@ class Shrink:
         if n in self.small:
             return self.small[n]
         if n in self.products:
-            return math.prod(map(self, self.products[n]))
+            return math.prod(self.shape(self.products[n]))
         if n in self.sums:
             return sum(map(self, self.sums[n]))
         below = max((m for m in (*self.positions, *self.kept) if KEPT <= m < n), default=KEPT - 1)
         base = below if below < KEPT else self(below)
         return base + (n - below if n - below <= NEAR else GAP)
+
+    def shape(self, sizes: Sequence[Size]) -> tuple[int, ...]:
+        """What the sizes of one shape become."""
+        return tuple(map(self, self._told_apart(sizes, sizes)))
+
+    def _told_apart(self, numbers: Sequence[Any], shape: Sequence[Size]) -> Sequence[Any]:
+        """``numbers``, which may be the sizes of ``shape``, with 2 for the images where it has both."""
+        equal = [i for i, n in enumerate(shape) if self.twice and n == self.twice]
+        if len(equal) < 2 or len(numbers) != len(shape) or numbers[equal[0]] != self.twice:
+            return numbers
+        return [2 if i == equal[0] else n for i, n in enumerate(numbers)]
 
     def literals(self, node: fx.Node, value: Any) -> Any:
         """The arguments of ``node``, by place or by name, with sizes and positions replaced."""
@@ -113,6 +127,11 @@ class Shrink:
             return value
         if isinstance(value, dict):
             return {key: x if keeps and type(x) is int else self._mapped(x) for key, x in value.items()}
+        if self.twice and nodes.tensor(node) is not None:
+            # Sizes of the result come one by one, or as one argument.
+            sizes = nodes.shape(node)
+            apart = [self._told_apart(x, sizes) if isinstance(x, (list, tuple)) else x for x in value[1:]]
+            value = (*value[:1], *self._told_apart(apart, sizes))
         return tuple(x if keeps and type(x) is int else self._mapped(x) for x in value)
 
     def is_position(self, node: fx.Node) -> bool:
@@ -163,8 +182,17 @@ Symbols = Literal["lengths", "any", "hints"]
 or related as they were when the graph was traced, equal ones equal."""
 
 
-def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int, symbols: Symbols = "lengths") -> Shrink:
-    """A mapping for a site, given all nodes of original and replacement; ``seed`` draws symbolic sizes."""
+def shrink(
+    shape: AttentionShape,
+    site: Sequence[fx.Node],
+    seed: int,
+    symbols: Symbols = "lengths",
+    tells_apart: bool = False,
+) -> Shrink:
+    """A mapping for a site, given all nodes of original and replacement; ``seed`` draws symbolic sizes.
+
+    ``tells_apart``: where a batch has as many images as each has windows, those by the order of sizes.
+    """
     products, sums = dict(_products(shape, site)), dict(_sums(site))
     hints = _hints(site) if symbols == "hints" else {}
     numbers = {n for node in site for n in _numbers(node)}
@@ -181,8 +209,10 @@ def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int, symbols: S
     positions = tuple(n for n in rest if n not in sums)
     most = max(rows - lengths, default=0)
     kept = {n for n in numbers if KEPT <= n <= most and n not in small}
+    parts = products.get(shape.batch, ()) if tells_apart else ()
+    twice = next((n for n in parts if parts.count(n) > 1 and n >= KEPT and n not in small), 0)
     while True:
-        made = Shrink(small, products, sums, positions, {}, kept, symbols == "hints")
+        made = Shrink(small, products, sums, positions, {}, kept, symbols == "hints", twice)
         if symbols == "hints":
             made.symbols.update({symbol: made(n) for symbol, n in hints.items()})
         else:
@@ -191,7 +221,7 @@ def shrink(shape: AttentionShape, site: Sequence[fx.Node], seed: int, symbols: S
             {n, *parts}
             for table, total in ((products, math.prod), (sums, sum))
             for n, parts in table.items()
-            if made(n) != total(map(made, parts))
+            if made(n) != total(made.shape(parts))
         ]
         if not broken:
             return made

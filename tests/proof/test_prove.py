@@ -114,9 +114,27 @@ def windows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return scores.view(-1, heads, length, length).softmax(-1) @ v
 
 
-def test_the_images_of_a_batch_of_windows_become_fewer():
-    certificate = prove_site(planned(windows, *qkv(512, 2, 9, 16), torch.randn(16, 9, 9)))
+def windows_with_copies(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """As in Swin of later versions: the masks are repeated for every image."""
+    copies = mask[None].expand(q.shape[0] // 16, -1, -1, -1).reshape(-1, 1, *mask.shape[1:])
+    return (q @ k.mT * 0.25 + copies).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("images", [32, 16])
+@pytest.mark.parametrize("attention", [windows, windows_with_copies])
+def test_the_images_of_a_batch_of_windows_become_fewer(attention, images):
+    """Also where there are as many as each has windows."""
+    certificate = prove_site(planned(attention, *qkv(images * 16, 2, 9, 16), torch.randn(16, 9, 9)))
     assert certificate.ok and certificate.sizes.startswith("B32 ")
+
+
+def test_images_that_do_not_come_first_stay():
+    def of_windows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = (q @ k.mT * 0.25).view(16, 16, 2, 9, 9) + mask[:, None, None]
+        return scores.view(-1, 2, 9, 9).softmax(-1) @ v
+
+    certificate = prove_site(planned(of_windows, *qkv(256, 2, 9, 16), torch.randn(16, 9, 9)))
+    assert certificate.ok and certificate.sizes.startswith("B256 ")
 
 
 def test_a_batch_that_a_range_indexes_becomes_smaller():
