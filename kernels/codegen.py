@@ -21,7 +21,10 @@ from typing import Any, NamedTuple
 
 from flashfuse.kernels.derivative import derivative
 from flashfuse.kernels.expr import (
+    KV,
     Expr,
+    H,
+    Q,
     S,
     add,
     const,
@@ -58,7 +61,7 @@ class Gathered(NamedTuple):
     @property
     def place(self) -> Expr:
         """What the kernels load instead; no capture has such a name."""
-        return Expr("load", f"all {self.load}", *(Expr("var", name) for name in ("h", "q", "kv")))
+        return Expr("load", f"all {self.load}", H, Q, KV)
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def generate(
     functions.append(_function("mask_mod", mask, names) if mask is not None else "")
     functions.append(_function("sink_mod", program.sink, names) if program.sink is not None else "")
     functions.append(_function("dscore_mod", slope, names) if dscale is None else "")
-    functions += [_gather_function(f"gather_{i}", of.load, names) for i, of in enumerate(gathered)]
+    functions += [_function(f"gather_{i}", of.load, names) for i, of in enumerate(gathered)]
     wanted = _wanted_loads(program, grads, gathered)
     loads = [load for load in wanted if derivative(score, load.node) != const(0)]
     functions.append(_accumulate_function("accumulate", score, loads, names) if grads else "")
@@ -375,12 +378,6 @@ def _is_of_distances_alone(condition: Expr) -> bool:
 _GRADIENT_PARAMETERS = f"g, s, {_PARAMETERS}, gptrs, gnums"
 
 
-def _gather_function(name: str, load: Expr, names: Names) -> str:
-    printer = Printer(names)
-    value = printer.text(load)
-    return render(name, _PARAMETERS, [*printer.lines, f"return {value}"])
-
-
 def _accumulate_function(name: str, score: Expr, loads: Sequence[_Load], names: Names) -> str:
     """Adds ``g · d score / d load`` of a [q, kv] tile at every one of ``loads``.
 
@@ -421,8 +418,7 @@ def _table_functions(i: int, load: _Load, is_alone: bool, score: Expr, names: Na
     slope = derivative(score, load.node)
     if slope != const(1):
         found.append(_function(f"table_slope_{i}", slope, names))
-    pairs = {Expr("var", name) for name in ("h", "q", "kv")}
-    for name in ("add", "write") if is_alone and pairs <= set(load.indices) else ("add",):
+    for name in ("add", "write") if is_alone and {H, Q, KV} <= set(load.indices) else ("add",):
         printer = Printer(names)
         _add(load, "g", printer, alone=name == "write")
         found.append(render(f"table_{name}_{i}", _GRADIENT_PARAMETERS, printer.lines))

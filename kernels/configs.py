@@ -221,6 +221,9 @@ def _described(kernel: str, kind: Kind) -> Config:
             config = of_case
     if kind.loads:
         config = _LOADS.get((kernel, kind.loads, kind.width), config)
+    if kernel == "dkdv" and kind.loads == "tiles" and kind.dropout:
+        # Beside a bias it takes the registers that a third program would have.
+        config = config._replace(registers=None)
     if kind.few_keys and kind.width == 64:
         config = _FEW_KEYS.get((kernel, kind.loads), config)
     if kernel == "forward" and kind.by_key and config.bn > 64:

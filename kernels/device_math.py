@@ -240,17 +240,14 @@ def in_eights(kv):  # type: ignore[no-untyped-def]
     which that stands: they may be anywhere in a row.  Clamped numbers, of which the compiler knows nothing,
     are read one by one.
     """
-    if not kv.type.is_block():
-        return kv
+    ROWS: tl.constexpr = kv.shape[0]
+    COLUMNS: tl.constexpr = kv.shape[1]
+    column = tl.reshape(tl.arange(0, ROWS * COLUMNS), [ROWS, COLUMNS])
+    at = kv // 8 * 8 + column % 8
+    if ROWS == 1:
+        return tl.max_contiguous(tl.multiple_of(at, [1, 8]), [1, 8])
     else:
-        ROWS: tl.constexpr = kv.shape[0]
-        COLUMNS: tl.constexpr = kv.shape[1]
-        column = tl.reshape(tl.arange(0, ROWS * COLUMNS), [ROWS, COLUMNS])
-        at = kv // 8 * 8 + column % 8
-        if ROWS == 1:
-            return tl.max_contiguous(tl.multiple_of(at, [1, 8]), [1, 8])
-        else:
-            return tl.max_contiguous(tl.multiple_of(at, [8, 1]), [8, 1])
+        return tl.max_contiguous(tl.multiple_of(at, [8, 1]), [8, 1])
 
 
 @triton.jit

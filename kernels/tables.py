@@ -207,6 +207,6 @@ def gather_pairs(  # type: ignore[no-untyped-def]
     q = (tile // kv_tiles * ROWS + tl.arange(0, ROWS))[:, None]
     key = (tile % kv_tiles * KEYS + tl.arange(0, KEYS))[None, :]
     kv = tl.minimum(key, Skv - 1)
-    value = LOAD(h * 0, h, tl.minimum(q, Sq - 1), kv, Sq, Skv, ptrs, nums)
+    value = LOAD(0.0, h * 0, h, tl.minimum(q, Sq - 1), kv, Sq, Skv, ptrs, nums)
     at = (h.to(tl.int64) * Sq + q) * row + key
     tl.store(Pairs + at, value.to(Pairs.dtype.element_ty), mask=(q < Sq) & (key < row))

@@ -174,9 +174,6 @@ def dropout_mask(seed: Tensor, dropout_p: float, sizes: tuple[int, int, int, int
     return keep
 
 
-# --- gradients -----------------------------------------------------------------------------------
-
-
 def _with_arrays(site: Site, captures: Sequence[Tensor], aligned: bool) -> tuple[Tensor, ...]:
     """The captures, and what is gathered from them: what the kernels read."""
     arrays = tuple(torch.empty(t.shape, dtype=t.dtype, device=site.device) for t in site.arrays)
@@ -184,6 +181,9 @@ def _with_arrays(site: Site, captures: Sequence[Tensor], aligned: bool) -> tuple
         make = functools.partial(triton_launches.of_gather, site, i)
         site.launches.run(f"gather {i}", aligned, make, array, tuple(captures))
     return (*captures, *arrays)
+
+
+# --- gradients -----------------------------------------------------------------------------------
 
 
 def _capture_gradients(site: Site, add_up: Callable[[str, tuple[Tensor, ...]], None]) -> list[Tensor]:

@@ -175,7 +175,7 @@ def of_dq(
         accumulate = code.others
     of_ends: tuple[Any, Any, int | None] = (None, None, None)
     if site.skips_ends and not uniform:
-        (table,) = (table for table in code.tables if table.has_ends)
+        table = next(table for table in code.tables if table.has_ends)
         of_ends = (table.add, table.slope, site.config("table").bm)
     numbers = (
         *(

@@ -31,6 +31,7 @@ FEWEST_SCORES_DESCRIBED = 2**24
 FEWEST_SCORES_GATHERED = 2**20
 """From which on what all batch entries load for each pair is gathered in rows first."""
 FEWEST_ENTRIES_GATHERED = 4
+"""Of the batch: each reads the rows, which are written once."""
 MOST_PAIRS_GATHERED = 2**24
 """Of heads, queries and keys, for each of which an element is kept."""
 SHORTEST_WITH_ENDS = 512
@@ -180,8 +181,8 @@ class Site:
     def config(self, kernel: str) -> configs.Config:
         """The tables' choice; of a short sequence no tile takes up twice as much as 64 rows of it."""
         config = configs.choose(kernel, self.kind())
-        most = (128 if length > 64 else 64 for length in (self.q_len, self.kv_len))
-        return config._replace(bm=min(config.bm, next(most)), bn=min(config.bn, next(most)))
+        bm = config.bm if self.q_len > 64 else min(config.bm, 64)
+        return config._replace(bm=bm, bn=config.bn if self.kv_len > 64 else min(config.bn, 64))
 
     def kind(self) -> configs.Kind:
         mask = self.program.mask

@@ -143,7 +143,8 @@ def _at_smaller_sizes(
                 return apart, done
     attempts: list[Symbols] = ["lengths", *(["any"] * UNRELATED), "hints"]  # type: ignore[list-item]
     for i, symbols in enumerate(attempts):
-        sizes = shrink(region.shape, numbered, seed + i, symbols)
+        told = i == 0 and not apart.twice
+        sizes = apart if told else shrink(region.shape, numbered, seed + i, symbols)
         try:
             return sizes, _drawn(region, replacement, site, sizes, seed, draws, model)
         except DoesNotRun as error:

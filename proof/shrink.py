@@ -217,15 +217,15 @@ def shrink(
             made.symbols.update({symbol: made(n) for symbol, n in hints.items()})
         else:
             made.symbols.update(_drawn(shape, site, seed, symbols))
-        broken = [
-            {n, *parts}
-            for table, total in ((products, math.prod), (sums, sum))
-            for n, parts in table.items()
-            if made(n) != total(made.shape(parts))
-        ]
+        totals = [(n, parts, math.prod(made.shape(parts))) for n, parts in products.items()]
+        totals += [(n, parts, sum(map(made, parts))) for n, parts in sums.items()]
+        broken = set[int]().union(*({n, *parts} for n, parts, total in totals if made(n) != total))
         if not broken:
             return made
-        kept |= set().union(*broken)
+        if broken <= kept:
+            # All that can be kept is: what counts both is no size of images here.
+            twice = 0
+        kept |= broken
         kept |= {m for m in positions if any(0 < n - m <= NEAR for n in kept)}
 
 

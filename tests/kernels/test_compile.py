@@ -31,6 +31,12 @@ SITES = {
     "dropout 64": {"text": CAUSAL, "dropout_p": 0.1},
     "softcap 128": {"text": "tanh(s*0.02)*50.0 where kv <= q and kv > q - 4096", "dim": 128},
     "bias 64": {"text": "s*0.125 + bias[0, h, q, kv]", "captures": [(1, 4, 300, 300)], "length": 300},
+    "bias, dropout 64": {
+        "text": "s*0.125 + bias[0, h, q, kv]",
+        "captures": [(1, 4, 300, 300)],
+        "length": 300,
+        "dropout_p": 0.1,
+    },
     "sinks 64": {"text": f"{CAUSAL} sink sinks[h]", "captures": [(4,)]},
     "sinks 128": {"text": f"{CAUSAL} sink sinks[h]", "captures": [(4,)], "dim": 128},
     "maximum 128": {"text": CAUSAL, "dim": 128, "aux": True},

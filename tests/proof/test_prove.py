@@ -128,6 +128,23 @@ def test_the_images_of_a_batch_of_windows_become_fewer(attention, images):
     assert certificate.ok and certificate.sizes.startswith("B32 ")
 
 
+@pytest.mark.parametrize("tokens", [16, 17, 32])
+def test_as_many_images_as_windows_beside_other_numbers(tokens):
+    """As many tokens, a sum of the two; whatever is made of them, there is an end to it."""
+    certificate = prove_site(planned(windows, *qkv(256, 2, tokens, 16), torch.randn(16, tokens, tokens)))
+    assert certificate.ok
+
+
+@pytest.mark.parametrize("attention", [windows, windows_with_copies])
+def test_the_mask_of_the_image_is_not_that_of_the_window(attention):
+    site = planned(attention, *qkv(256, 2, 9, 16), torch.randn(16, 9, 9))
+    replacement = emitted(site)
+    (call,) = (n for n in replacement.graph.nodes if n.target is torch.ops.flashfuse.attention.default)
+    assert "b % 16" in call.args[7]
+    call.args = (*call.args[:7], call.args[7].replace("b % 16", "b//16"), *call.args[8:])
+    assert not prove_replacement(site.region, replacement).ok
+
+
 def test_images_that_do_not_come_first_stay():
     def of_windows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         scores = (q @ k.mT * 0.25).view(16, 16, 2, 9, 9) + mask[:, None, None]
