@@ -231,7 +231,7 @@ def test_what_all_batch_entries_load_is_gathered_in_rows(monkeypatch):
     assert arrays("s + t[i[b, q, kv], h]", t=(9, 4), i=(64, 250, 250)) == []
     assert arrays("s + t[i[q, kv], h]", batch=3, **index) == []
     assert arrays("s + t[h, q, kv]", batch=2**14, length=15, t=(4, 15, 15)) == [(4, 15, 16)]
-    assert arrays("s + t[h, q, kv]", q_len=15, t=(4, 15, 250)) == []
+    assert arrays("s + t[h, q, kv]", batch=128, length=300, q_len=15, t=(4, 15, 300)) == []
     # A row or a column of numbers.
     assert arrays("s + t[h, q, kv]", t=(4, 1, 250)) == arrays("s + t[h, q, kv]", t=(4, 250, 1)) == []
     assert arrays("s + t[h, kv - q + 249]", t=(4, 499)) == []
