@@ -61,18 +61,15 @@ def _weights(  # type: ignore[no-untyped-def]
         return power_of_e(x - lse, norm, PRECISION)
 
 
-@triton.jit(do_not_specialize=["sob", "soh", "sos", "sgb", "sgh", "sgs", "H", "GROUP", "Sq"])
-def backward_prepare(  # type: ignore[no-untyped-def]
-    Out, DOut, Lse, Stats, Dead, sob, soh, sos, sgb, sgh, sgs, H, GROUP, Sq,
+@triton.jit
+def _lse_and_delta(  # type: ignore[no-untyped-def]
+    Out, DOut, Lse, Stats, Dead, sob, soh, sos, sgb, sgh, sgs, bh, first, H, Sq,
     DV: tl.constexpr, DV_PAD: tl.constexpr, FOLDED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Stats: lse as the other kernels want it, base 2 where FOLDED and +∞ in dead rows, and delta.
+    """Into Stats: lse as the other kernels want it, base 2 where FOLDED and +∞ in dead rows, and delta.
 
-    Dead [B, H_kv] int32, or None: 1 where a row of the group is dead; other elements stay as they are.
+    Returns that lse.  Dead, or None: 1 where a row of this program's tile is dead, else 0, by program.
     """
-    tiles = (Sq + BM - 1) // BM
-    bh = tl.program_id(0) // tiles
-    first = tl.program_id(0) % tiles * BM
     b64, h64 = (bh // H).to(tl.int64) * 8, (bh % H).to(tl.int64) * 8
     local = tl.arange(0, BM)
     first64 = first.to(tl.int64) * 8
@@ -88,21 +85,47 @@ def backward_prepare(  # type: ignore[no-untyped-def]
     tl.store(Stats + rows * WIDTH + 1, tl.where(dead & (delta != delta), 0.0, delta), mask=inside)
     if FOLDED:
         lse = lse * LOG2E
-    tl.store(Stats + rows * WIDTH, tl.where(dead, float("inf"), lse), mask=inside)
-    if Dead is not None:  # noqa: SIM102 (known when compiled; the inner one is not)
-        if tl.max(dead.to(tl.int32), 0) > 0:
-            tl.atomic_max(Dead + bh // GROUP, 1, sem="relaxed")
+    lse = tl.where(dead, float("inf"), lse)
+    tl.store(Stats + rows * WIDTH, lse, mask=inside)
+    if Dead is not None:
+        tl.store(Dead + tl.program_id(0), tl.max(dead.to(tl.int32), 0))
+    return tl.where(inside, lse, float("inf"))
+
+
+@triton.jit
+def _any_dead(Dead, group, flags):  # type: ignore[no-untyped-def]
+    """Whether a row is dead in the heads of a group, of which ``Dead`` has so many flags."""
+    base = Dead + group.to(tl.int64) * flags
+    found = tl.zeros([128], tl.int32)
+    for i in range(0, flags, 128):
+        at = i + tl.arange(0, 128)
+        found |= tl.load(base + at, mask=at < flags, other=0)
+    return tl.max(found, 0) > 0
+
+
+@triton.jit(do_not_specialize=["sob", "soh", "sos", "sgb", "sgh", "sgs", "H", "Sq"])
+def backward_prepare(  # type: ignore[no-untyped-def]
+    Out, DOut, Lse, Stats, Dead, sob, soh, sos, sgb, sgh, sgs, H, Sq,
+    DV: tl.constexpr, DV_PAD: tl.constexpr, FOLDED: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Stats, of a FOLDED program that needs no sums of rows."""
+    tiles = (Sq + BM - 1) // BM
+    bh = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BM
+    _lse_and_delta(
+        Out, DOut, Lse, Stats, Dead, sob, soh, sos, sgb, sgh, sgs, bh, first, H, Sq, DV, DV_PAD, FOLDED, BM
+    )
 
 
 @triton.jit(
     do_not_specialize=[
         "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
-        "H", "GROUP", "Sq", "Skv", "map_b", "map_h", "row", "threshold", "drop_scale",
+        "sob", "soh", "sos", "H", "GROUP", "Sq", "Skv", "map_b", "map_h", "row", "threshold", "drop_scale",
     ]
 )  # fmt: skip
 def backward_rows(  # type: ignore[no-untyped-def]
-    Q, K, V, DOut, Stats, Map, Seed, ptrs, nums,
-    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs,
+    Q, K, V, DOut, Out, Lse, Stats, Dead, Map, Seed, ptrs, nums,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sob, soh, sos,
     H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale,
     SCORE: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     EXACT: tl.constexpr, LINE: tl.constexpr,
@@ -110,7 +133,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Row sums again from the scores: norm = log2 of the weights' sum and, if EXACT, delta = Σ P dP.
+    """Stats, with row sums again from the scores: norm = log2 of the weights' sum; if EXACT, delta = Σ P dP.
 
     One program per (b, h, tile of BM rows); ``Map`` is the kv_map.
 
@@ -130,7 +153,9 @@ def backward_rows(  # type: ignore[no-untyped-def]
     inside = local < Sq - first
     at = bh.to(tl.int64) * Sq + first + local
     WIDTH: tl.constexpr = 2 if FOLDED else 4
-    lse = tl.load(Stats + at * WIDTH, mask=inside, other=float("inf"))
+    lse = _lse_and_delta(
+        Out, DOut, Lse, Stats, Dead, sob, soh, sos, sgb, sgh, sgs, bh, first, H, Sq, DV, DV_PAD, FOLDED, BM
+    )
     live = tl.abs(lse) < float("inf")
     if not EXACT:
         live = live & (tl.abs(lse) > HUGE_LSE)
@@ -318,13 +343,14 @@ def _dkdv_tile(  # type: ignore[no-untyped-def]
     do_not_specialize=[
         "nums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
         "sdkb", "sdkh", "sdks", "sdvb", "sdvh", "sdvs", "sxkb", "sxkh", "sxks", "sxvb", "sxvh", "sxvs",
-        "H", "GROUP", "Sq", "Skv", "map_b", "map_h", "row", "threshold", "drop_scale", "dscale",
+        "H", "GROUP", "Sq", "Skv", "flags", "map_b", "map_h", "row", "threshold", "drop_scale", "dscale",
     ]
 )  # fmt: skip
 def backward_dkdv(  # type: ignore[no-untyped-def]
     Q, K, V, DOut, DK, DV_, Stats, Dead, ExtraK, ExtraV, Map, Seed, Ends, ptrs, nums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
-    sxkb, sxkh, sxks, sxvb, sxvh, sxvs, H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
+    sxkb, sxkh, sxks, sxvb, sxvh, sxvs, H, GROUP, Sq, Skv, flags, map_b, map_h, row, threshold, drop_scale,
+    dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ENDS: tl.constexpr,
     FLAT: tl.constexpr, LINE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
@@ -334,9 +360,9 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program per (b, kv head, tile of BN keys); ``Map`` is the q_map.  DK or DV_ may be None.
 
-    ExtraK and ExtraV, float32 and shaped like dk and dv, are added to them.  Where there is a ``Dead``,
-    from ``backward_prepare``, they hold nothing where it is 0, and there UNIFORM writes nothing.
-    If DEAD_ARE_NAN, dv is NaN where ``Dead`` is not 0.
+    ExtraK and ExtraV, float32 and shaped like dk and dv, are added to them.  Where there is a ``Dead``, with
+    so many ``flags`` for the heads of a group, they hold nothing where all are 0, and there UNIFORM writes
+    nothing.  If DEAD_ARE_NAN, dv is NaN where one is not.
     """
     WIDTH: tl.constexpr = 2 if FOLDED else 4
     OF_K: tl.constexpr = DK is not None
@@ -344,7 +370,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
     tiles = (Skv + BN - 1) // BN
     plane = tl.program_id(0) // tiles
     if UNIFORM:  # noqa: SIM102 (known when compiled; the inner one is not)
-        if tl.load(Dead + plane) == 0:
+        if not _any_dead(Dead, plane, flags):
             return
     # First keys first: under a causal mask they are seen by the most queries.
     first = tl.program_id(0) % tiles * BN
@@ -437,7 +463,7 @@ def backward_dkdv(  # type: ignore[no-untyped-def]
     inside = local < Skv - first
     has_extra = inside
     if Dead is not None:
-        any_dead = tl.load(Dead + plane) != 0
+        any_dead = _any_dead(Dead, plane, flags)
         has_extra = local < tl.where(any_dead, Skv - first, 0)
     if DV_ is not None:
         if DROPOUT:
@@ -556,7 +582,7 @@ def _dq_tile(  # type: ignore[no-untyped-def]
             before += tl.where(is_before[:, None], part, 0.0)
             after += tl.where(is_after[:, None], part, 0.0)
     if ACCUMULATE is not None:
-        ACCUMULATE(ds, s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums, gptrs, gnums)
+        ACCUMULATE(ds, s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums, gptrs, gnums, not CHECK)
     if DSCORE is not None:
         ds = ds * DSCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
         if CHECK:
@@ -569,14 +595,14 @@ def _dq_tile(  # type: ignore[no-untyped-def]
 @triton.jit(
     do_not_specialize=[
         "nums", "gnums", "sqb", "sqh", "sqs", "skb", "skh", "sks", "svb", "svh", "svs", "sgb", "sgh", "sgs",
-        "sdqb", "sdqh", "sdqs", "H", "GROUP", "Sq", "Skv", "map_b", "map_h", "row", "threshold", "drop_scale",
-        "dscale",
+        "sdqb", "sdqh", "sdqs", "H", "GROUP", "Sq", "Skv", "flags", "map_b", "map_h", "row", "threshold",
+        "drop_scale", "dscale",
     ]
 )  # fmt: skip
 def backward_dq(  # type: ignore[no-untyped-def]
     Q, K, V, DOut, DQ, Stats, Dead, Map, Seed, Ends, ptrs, gptrs, nums, gnums,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sgb, sgh, sgs, sdqb, sdqh, sdqs,
-    H, GROUP, Sq, Skv, map_b, map_h, row, threshold, drop_scale, dscale,
+    H, GROUP, Sq, Skv, flags, map_b, map_h, row, threshold, drop_scale, dscale,
     SCORE: tl.constexpr, MASK: tl.constexpr, DSCORE: tl.constexpr, ACCUMULATE: tl.constexpr,
     ENDS: tl.constexpr, FLAT: tl.constexpr, LINE: tl.constexpr,
     ADD: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, FOLDED: tl.constexpr,
@@ -587,7 +613,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program per (b, h, tile of BM rows); ``Map`` is the kv_map.
 
-    UNIFORM writes dead rows alone, and leaves at once where ``Dead``, from ``backward_prepare``, is 0.
+    UNIFORM writes dead rows alone, and leaves at once where all ``flags`` of its group in ``Dead`` are 0.
     If REFINES, the dS of a row sum to 0.  What they sum to instead, out being rounded, is added to delta,
     for the kernels that follow.  If TILE, the ends of a table of distances share an element each, with this
     SLOPE; what tiles of TILE × TILE that lie in them sum to is ADDed to its gradient.
@@ -599,7 +625,7 @@ def backward_dq(  # type: ignore[no-untyped-def]
     h = bh % H
     kvh = h // GROUP
     if UNIFORM:  # noqa: SIM102 (known when compiled; the inner one is not)
-        if tl.load(Dead + bh // GROUP) == 0:
+        if not _any_dead(Dead, bh // GROUP, flags):
             return
     first = tile * BM
     b64, h64 = b.to(tl.int64) * 8, h.to(tl.int64) * 8

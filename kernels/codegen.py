@@ -72,6 +72,7 @@ class Table:
         slope: the derivative of the score by the load; ``None`` where it is 1.
         add: adds a tile of gradients to the buffer.
         write: writes it there, where the index is h, q and kv, and nothing else adds to it; or ``None``.
+        slot: which buffer.
         by_distance: the index depends on q and kv only by their difference; else not on b.
         uses_b: the index, or where the ends are, depends on b.
         has_ends: beyond :class:`Ends`, all distances share one element, whose gradient is a plain sum of dS.
@@ -80,6 +81,7 @@ class Table:
     slope: Any
     add: Any
     write: Any
+    slot: int
     by_distance: bool
     uses_b: bool
     has_ends: bool
@@ -220,7 +222,7 @@ def generate(
             getattr(module, f"table_{name}_{i}", None) for name in ("slope", "add", "write")
         )
         by_distance = is_of_distance(of_table.node)
-        tables.append(Table(slope_mod, add_mod, write, by_distance, uses_b, has_ends))
+        tables.append(Table(slope_mod, add_mod, write, of_table.slot, by_distance, uses_b, has_ends))
     return Generated(
         score=module.score_mod,
         mask=getattr(module, "mask_mod", None),
@@ -337,13 +339,17 @@ def render(name: str, parameters: str, lines: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Load:
-    """A load of a wanted capture, as the kernels load it, and where the buffer of its gradient has it."""
+    """A load of a wanted capture, as the kernels load it, and where the buffer of its gradient has it.
+
+    ``in_rows``: the numbers of a row of keys lie side by side there, and take up whole eights.
+    """
 
     node: Expr
     indices: tuple[Expr, ...]
     slot: int
     strides: list[str]
     wide: bool
+    in_rows: bool
 
 
 def _wanted_loads(
@@ -356,7 +362,9 @@ def _wanted_loads(
         strides, position = stride_texts(buffer, position, "gnums")
         capture = program.captures[index]
         nodes = [n for n in walk(program.score) if n.op == "load" and n.args[0] == capture]
-        found += [_Load(places.get(n, n), n.operands, slot, strides, buffer.wide) for n in nodes]
+        for node in nodes:
+            in_rows = is_in_rows(node) and strides[-1] == "1"
+            found.append(_Load(places.get(node, node), node.operands, slot, strides, buffer.wide, in_rows))
     return found
 
 
@@ -382,7 +390,8 @@ def _accumulate_function(name: str, score: Expr, loads: Sequence[_Load], names: 
     """Adds ``g · d score / d load`` of a [q, kv] tile at every one of ``loads``.
 
     ``g`` is dL/dscore, zero where a key is not allowed or out of range.  Axes that the index does
-    not depend on are summed in registers first.
+    not depend on are summed in registers first.  What lies in rows is added by four where the tile is WHOLE,
+    all its keys in range.
     """
     printer = Printer(names)
     for load in loads:
@@ -393,11 +402,12 @@ def _accumulate_function(name: str, score: Expr, loads: Sequence[_Load], names: 
             # A weight of 0 has no part in it, even where the derivative overflows.
             value = f"tl.where(g == 0.0, 0.0, {value})"
         value = printer.emit(value)
-        _add(load, value, printer)
-    return render(name, _GRADIENT_PARAMETERS, printer.lines or ["pass"])
+        inside = "None if WHOLE else {} != 0" if load.in_rows else "{} != 0"
+        _add(load, value, inside, printer)
+    return render(name, f"{_GRADIENT_PARAMETERS}, WHOLE: tl.constexpr", printer.lines or ["pass"])
 
 
-def _add(load: _Load, value: str, printer: Printer, alone: bool = False) -> None:
+def _add(load: _Load, value: str, inside: str, printer: Printer, alone: bool = False) -> None:
     """Write the addition of a [q, kv] tile of gradients at the indices of ``load``; see ``add_gradient``."""
     offset = printer.offset(load.indices, load.strides, load.wide)
     used = set().union(*(variables(i) for i in load.indices))
@@ -410,7 +420,8 @@ def _add(load: _Load, value: str, printer: Printer, alone: bool = False) -> None
             value = printer.emit(f"tl.sum({value}, 0)[None, :]")
         offset = f"{offset} + tl.zeros_like({value}).to(tl.int32)"
     buffer, scale = f"gptrs[{2 * load.slot}]", f"gptrs[{2 * load.slot + 1}]"
-    printer.lines.append(f"add_gradient({buffer}, {scale}, {offset}, {value}{', True' if alone else ''})")
+    inside = inside.format(value)
+    printer.lines.append(f"add_gradient({buffer}, {scale}, {offset}, {value}, {inside}, {alone})")
 
 
 def _table_functions(i: int, load: _Load, is_alone: bool, score: Expr, names: Names) -> list[str]:
@@ -418,11 +429,24 @@ def _table_functions(i: int, load: _Load, is_alone: bool, score: Expr, names: Na
     slope = derivative(score, load.node)
     if slope != const(1):
         found.append(_function(f"table_slope_{i}", slope, names))
-    for name in ("add", "write") if is_alone and {H, Q, KV} <= set(load.indices) else ("add",):
+    is_written = is_alone and load.in_rows and {H, Q, KV} <= set(load.indices)
+    for name in ("add", "write") if is_written else ("add",):
         printer = Printer(names)
-        _add(load, "g", printer, alone=name == "write")
+        if load.in_rows:
+            # A mask of whole eights, by which the compiler sees that four numbers go together.
+            inside = "(q < Sq) & (kv // 8 < (Skv + 7) // 8)"
+        else:
+            printer.lines += ["q = tl.minimum(q, Sq - 1)", "kv = tl.minimum(kv, Skv - 1)"]
+            inside = "{} != 0"
+        _add(load, "g", inside, printer, alone=name == "write")
         found.append(render(f"table_{name}_{i}", _GRADIENT_PARAMETERS, printer.lines))
     return found
+
+
+def is_in_rows(load: Expr) -> bool:
+    """The last axis is that of the keys, another depends on q, and nothing is looked up for an index."""
+    looks_up = any(n.op == "load" for i in load.operands for n in walk(i))
+    return load.operands[-1] == KV and "q" in variables(load) and not looks_up
 
 
 def loads_of_pairs(score: Expr) -> list[Expr]:

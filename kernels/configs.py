@@ -98,8 +98,10 @@ _DECODE: dict[int, tuple[Config, Config, Config]] = {
 }
 # Where a bias or a mask is loaded per element its addresses take registers, and its tiles shared memory.
 _TILE_LOADS = {
-    64: {"forward": _C(64, 64, 4, 2), "dkdv": _C(32, 64, 4, 2), "dq": _C(64, 32, 4, 2)},
-    128: {"forward": _C(64, 32, 8, 2), "dkdv": _C(32, 32, 8, 2), "dq": _C(32, 32, 8, 2)},
+    (8, 64): {"forward": _C(64, 64, 4, 2), "dkdv": _C(32, 64, 4, 2), "dq": _C(64, 32, 4, 2)},
+    (8, 128): {"forward": _C(64, 32, 8, 2), "dkdv": _C(32, 32, 8, 2), "dq": _C(32, 32, 8, 2)},
+    (9, 64): {"forward": _C(64, 32, 4, 3), "dkdv": _C(32, 64, 4, 2), "dq": _C(64, 32, 4, 2)},
+    (9, 128): {"forward": _C(128, 32, 8, 2), "dkdv": _C(32, 32, 4, 2), "dq": _C(64, 32, 4, 2)},
 }
 _WIDE_LOADS = {
     "forward": _C(64, 32, 4, 1),
@@ -201,16 +203,17 @@ def choose(kernel: str, kind: Kind) -> Config:
         kernel = "dkdv"
     if size != 2:
         return _SINGLE[kernel][column]
+    tile_loads = _TILE_LOADS.get((9 if kind.capability >= 9 else 8, width), _WIDE_LOADS)
     # More than one bias of 16-bit numbers, with which the other tiles were measured, leaves them no room.
     if kind.pair_bytes > 2:
-        return _TILE_LOADS.get(width, _WIDE_LOADS)[kernel]
+        return tile_loads[kernel]
     if kind.describes:
         return _described(kernel, kind)
     if kind.loads not in ("", "line") and width < 256:
-        return _TILE_LOADS[width][kernel]
+        return tile_loads[kernel]
     capability = min(max(kind.capability, 8), 10)
     if kernel == "dq" and kind.dropout and capability != 9 and width == 64:
-        return _TILE_LOADS[width][kernel]
+        return tile_loads[kernel]
     return _HALF[kernel, capability][column]
 
 

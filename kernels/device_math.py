@@ -251,10 +251,10 @@ def in_eights(kv):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add_gradient(Buffer, Scale, offset, value, ALONE: tl.constexpr = False):  # type: ignore[no-untyped-def]
-    """Add ``value``, a number or a tile of numbers, to Buffer at ``offset``; zeros add nothing.
+def add_gradient(Buffer, Scale, offset, value, inside, ALONE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add ``value``, a number or a tile of numbers, to Buffer at ``offset``, if not None only ``inside``.
 
-    If ALONE, nothing was added there before, and nothing else is now, so that it is written.
+    If ALONE, nothing else is added there, so that it is written.
 
     A buffer of floats is added to as it comes.  An int64 buffer holds multiples of 1 / Scale[0], a power of
     two: their sum does not depend on the order.  An int32 buffer gets the bits of the largest magnitude,
@@ -272,9 +272,9 @@ def add_gradient(Buffer, Scale, offset, value, ALONE: tl.constexpr = False):  # 
             value = value * tl.load(Scale)
         value = value.to(Buffer.dtype.element_ty)
         if ALONE:
-            tl.store(Buffer + offset, value, mask=value != 0)
+            tl.store(Buffer + offset, value, mask=inside)
         else:
-            tl.atomic_add(Buffer + offset, value, mask=value != 0, sem="relaxed")
+            tl.atomic_add(Buffer + offset, value, mask=inside, sem="relaxed")
 
 
 @triton.jit

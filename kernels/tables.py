@@ -149,22 +149,19 @@ def backward_table(  # type: ignore[no-untyped-def]
             TILE, None,
         )  # fmt: skip
         total, low_total = sum_up(total, low_total, of_tile)
-    if end > begin:
-        # Where no pair is, past the last query or key, nothing was summed.
-        if BY_DISTANCE:
-            # In memory, additions at one place wait for each other: one for each distance.
-            for side in tl.static_range(2):
-                offsets = local + (side * TILE - TILE + 1)
-                sums = _sums_by_distance(total, offsets, TILE, PRECISION)[None, :]
-                distances = ((first_kv - first_q) * TILE + offsets)[None, :]
-                # Any pair at a distance is at its place.
-                at_q = tl.minimum(tl.maximum(-distances, 0), Sq - 1)
-                at_kv = tl.minimum(tl.maximum(distances, 0), Skv - 1)
-                ADD(sums, sums, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
-        else:
-            at_q = tl.minimum(first_q * TILE + local, Sq - 1)[:, None]
-            at_kv = tl.minimum(first_kv * TILE + local, Skv - 1)[None, :]
-            ADD(total, total, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
+    if not BY_DISTANCE:
+        at_q, at_kv = (first_q * TILE + local)[:, None], (first_kv * TILE + local)[None, :]
+        # Zeros are written too.
+        ADD(total, total, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
+    elif end > begin:
+        # In memory, additions at one place wait for each other: one for each distance.
+        for side in tl.static_range(2):
+            offsets = local + (side * TILE - TILE + 1)
+            sums = _sums_by_distance(total, offsets, TILE, PRECISION)[None, :]
+            distances = ((first_kv - first_q) * TILE + offsets)[None, :]
+            # Any pair at a distance is at its place.
+            at_q, at_kv = tl.maximum(-distances, 0), tl.maximum(distances, 0)
+            ADD(sums, sums, b, h, at_q, at_kv, Sq, Skv, ptrs, nums, gptrs, gnums)
 
 
 @triton.jit(do_not_specialize=["table_r", "table_d", "length", "values_r", "values_d"])

@@ -118,17 +118,18 @@ def backward(
     aligned = is_aligned(q, k, v, do, out, *captures)
     code = site.code
     run = site.launches.run
-    stats = lse.new_empty((*lse.shape, 2 if code.folded else 4))
+    stats = lse.new_empty_strided(*site.layout_of_stats)
     dead = None
-    if site.visits_dead_rows or program.dead_rows in NAN:
-        dead = torch.zeros((site.batch, site.kv_heads), dtype=torch.int32, device=site.device)
+    if site.has_flags:
+        dead = lse.new_empty(site.batch * site.kv_heads * site.flags, dtype=torch.int32)
     with on_device(q.device):
         ptrs = _with_arrays(site, captures, aligned)
-        make = functools.partial(triton_launches.of_prepare, site)
-        run("prepare", aligned, make, out, do, lse, stats, dead)
-        if not code.folded or site.sums_rows_exactly:
+        if site.sums_rows:
             make = functools.partial(triton_launches.of_rows, site, kv_map)
-            run("rows", aligned, make, q, k, v, do, stats, kv_map, seed, ptrs)
+            run("rows", aligned, make, q, k, v, do, out, lse, stats, dead, kv_map, seed, ptrs)
+        else:
+            make = functools.partial(triton_launches.of_prepare, site)
+            run("prepare", aligned, make, out, do, lse, stats, dead)
         if dlse is not None:
             stats[..., 1] -= torch.where(lse == float("-inf"), 0.0, dlse)
         ends = site.ends(captures, aligned)
@@ -156,7 +157,7 @@ def backward(
         totals = dict(zip(site.of_score, sums, strict=True))
         for i, gradient in _sink_gradients(site, captures, ints, lse, stats).items():
             totals[i] = totals[i] + gradient if i in totals else gradient
-    return [dq, dk, dv, *(totals[i].to(captures[i].dtype) for i in wanted)]
+    return [dq, dk, dv, *(totals[i].to(captures[i].dtype).contiguous() for i in wanted)]
 
 
 def dropout_mask(seed: Tensor, dropout_p: float, sizes: tuple[int, int, int, int]) -> Tensor:
@@ -176,11 +177,13 @@ def dropout_mask(seed: Tensor, dropout_p: float, sizes: tuple[int, int, int, int
 
 def _with_arrays(site: Site, captures: Sequence[Tensor], aligned: bool) -> tuple[Tensor, ...]:
     """The captures, and what is gathered from them: what the kernels read."""
-    arrays = tuple(torch.empty(t.shape, dtype=t.dtype, device=site.device) for t in site.arrays)
-    for i, array in enumerate(arrays):
+    ptrs = given = tuple(captures)
+    for i, (shape, strides, dtype) in enumerate(site.layouts_of_arrays):
+        array = given[0].new_empty_strided(shape, strides, dtype=dtype)
         make = functools.partial(triton_launches.of_gather, site, i)
-        site.launches.run(f"gather {i}", aligned, make, array, tuple(captures))
-    return (*captures, *arrays)
+        site.launches.run(("gather", i), aligned, make, array, given)
+        ptrs += (array,)
+    return ptrs
 
 
 # --- gradients -----------------------------------------------------------------------------------
@@ -195,25 +198,25 @@ def _capture_gradients(site: Site, add_up: Callable[[str, tuple[Tensor, ...]], N
     pass, of the scale that the largest term of the first gives.  A NaN or infinite term makes the whole
     gradient NaN then.
     """
-    sizes = site.gradient_sizes
-    scores = site.batch * site.heads * site.q_len * site.kv_len
-    if not sizes or not torch.are_deterministic_algorithms_enabled():
+    buffers = site.buffers
+    if not buffers or not torch.are_deterministic_algorithms_enabled():
         sums = []
-        for shape in sizes:
-            doubled = site.precision == "ieee" and math.prod(shape) < scores
-            dtype = torch.float64 if doubled else torch.float32
-            sums.append(torch.zeros(shape, dtype=dtype, device=site.device))
+        for buffer in buffers:
+            new = torch.empty if buffer.is_written else torch.zeros
+            sums.append(new(buffer.sizes, dtype=buffer.dtype, device=site.device))
         add_up("", tuple(t for s in sums for t in (s, s)))
-        return sums
-    bits = torch.zeros(len(sizes), dtype=torch.int32, device=site.device)
-    add_up("_largest", tuple(t for i in range(len(sizes)) for t in (bits[i:], bits[i:])))
-    # So many terms of the largest magnitude stay below 2^62.
-    _, exponents = torch.frexp(bits.view(torch.float32))
-    scales = torch.ldexp(torch.ones_like(bits, dtype=torch.float32), 62 - scores.bit_length() - exponents)
-    scales = torch.where(bits.view(torch.float32).isfinite(), scales.clamp(max=2.0**126), float("nan"))
-    wholes = [torch.zeros(shape, dtype=torch.int64, device=site.device) for shape in sizes]
-    add_up("_exact", tuple(t for i, w in enumerate(wholes) for t in (w, scales[i:])))
-    return [(w.double() / scale).float() for w, scale in zip(wholes, scales, strict=True)]
+    else:
+        bits = torch.zeros(len(buffers), dtype=torch.int32, device=site.device)
+        add_up("_largest", tuple(t for i in range(len(buffers)) for t in (bits[i:], bits[i:])))
+        # So many terms of the largest magnitude stay below 2^62.
+        _, exponents = torch.frexp(bits.view(torch.float32))
+        most = 62 - site.scores.bit_length()
+        scales = torch.ldexp(torch.ones_like(bits, dtype=torch.float32), most - exponents)
+        scales = torch.where(bits.view(torch.float32).isfinite(), scales.clamp(max=2.0**126), float("nan"))
+        wholes = [torch.zeros(buffer.sizes, dtype=torch.int64, device=site.device) for buffer in buffers]
+        add_up("_exact", tuple(t for i, w in enumerate(wholes) for t in (w, scales[i:])))
+        sums = [(w.double() / scale).float() for w, scale in zip(wholes, scales, strict=True)]
+    return [s if b.row is None else s[..., : b.row] for s, b in zip(sums, buffers, strict=True)]
 
 
 def _sink_gradients(

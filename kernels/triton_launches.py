@@ -18,7 +18,7 @@ from flashfuse.kernels.launch import Launch
 from flashfuse.kernels.layout import map_strides, padded, strides_of
 from flashfuse.kernels.ops import BLOCK
 from flashfuse.kernels.spec import NAN, SCORES_ONLY
-from flashfuse.kernels.triton_site import Site, processors
+from flashfuse.kernels.triton_site import Site
 
 
 def _descriptors(site: Site, rows: int, *places: int) -> tuple[tuple[int, Callable[[Tensor], Any]], ...]:
@@ -100,9 +100,9 @@ def of_dead_rows(site: Site) -> Launch:
 
 
 def of_prepare(site: Site) -> Launch:
-    bm = 64
+    bm = site.edge_of_stats
     numbers = (
-        *(*site.strides[4], *site.strides[3], site.heads, site.group, site.q_len),
+        *(*site.strides[4], *site.strides[3], site.heads, site.q_len),
         *(site.v_dim, site.dv_pad, site.code.folded, bm),
     )
     programs = -(-site.q_len // bm) * site.batch * site.heads
@@ -113,7 +113,7 @@ def of_rows(site: Site, kv_map: Tensor | None) -> Launch:
     code = site.code
     config = site.config("dq")
     numbers = (
-        *(site.nums, *site.four_strides, *site.lengths, *map_strides(kv_map), *site.drop),
+        *(site.nums, *site.four_strides, *site.strides[4], *site.lengths, *map_strides(kv_map), *site.drop),
         *(code.score, code.mask, code.sink, site.scale, code.folded),
         *(site.sums_rows_exactly, site.config("dk").bm if site.end_functions[2] else None, *site.dims),
         *(BLOCK, site.dropout, site.precision, config.bm, config.bn),
@@ -137,7 +137,7 @@ def of_dkdv(
     config = config or site.config("dv" if dk is None else "dk" if dv is None else "dkdv")
     numbers = (
         *(site.nums, *site.four_strides, *strides_of(dk), *strides_of(dv)),
-        *(*strides_of(extra_k), *strides_of(extra_v), *site.lengths, *map_strides(q_map)),
+        *(*strides_of(extra_k), *strides_of(extra_v), *site.lengths, site.flags, *map_strides(q_map)),
         *(
             *site.drop,
             site.dscale,
@@ -184,6 +184,7 @@ def of_dq(
             *site.four_strides,
             *strides_of(dq),
             *site.lengths,
+            site.flags,
             *map_strides(kv_map),
         ),
         *(*site.drop, site.dscale, code.score, None if uniform else code.mask, code.dscore, accumulate),
@@ -213,14 +214,7 @@ def of_table(site: Site, i: int, config: configs.Config | None = None) -> Launch
     code, table = site.code, site.code.tables[i]
     skips_ends = table.has_ends and site.skips_ends
     config = config or site.config("table" if table.by_distance else "pairs")
-    q_tiles, kv_tiles = (-(-length // config.bm) for length in (site.q_len, site.kv_len))
-    together = q_tiles + kv_tiles - 1 if table.by_distance else q_tiles * kv_tiles
-    # Few diagonals lie between the ends.
-    busy = min(together, 8) if skips_ends else together
-    tiles = site.batch * (min(q_tiles, kv_tiles) if table.by_distance else 1)
-    # Every part adds a number for each distance, or for each pair.
-    enough = processors(site.device) * (8 if table.by_distance else 1)
-    parts = site.batch if table.uses_b else min(tiles, -(-enough // (site.heads * busy)))
+    together, parts = site.parts_of_table(table, config.bm)
     add = table.write if parts == 1 and table.write is not None else table.add
     numbers = (
         *(site.nums, site.gnums, *site.four_strides, site.batch, *site.lengths, parts, *site.drop),

@@ -9,13 +9,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashfuse.kernels import autotune, block_map, configs, decode, tables
-from flashfuse.kernels.codegen import LOG2E, Gathered, Generated, generate, loads_of_pairs, with_gathered
+from flashfuse.kernels.codegen import (
+    LOG2E,
+    Gathered,
+    Generated,
+    Table,
+    generate,
+    is_in_rows,
+    loads_of_pairs,
+    with_gathered,
+)
 from flashfuse.kernels.device_math import is_interpreted
 from flashfuse.kernels.expr import Expr, variables, walk
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO
@@ -38,6 +47,18 @@ SHORTEST_WITH_ENDS = 512
 """Keys, from which on tiles are looked for in which a table of distances is one number."""
 
 
+class Buffer(NamedTuple):
+    """Where a capture's gradient is summed.
+
+    ``row``: how much of the last axis is used, if not all; ``is_written``: a kernel writes all that is used.
+    """
+
+    sizes: tuple[int, ...]
+    row: int | None
+    dtype: torch.dtype
+    is_written: bool
+
+
 class Site:
     """What forward and backward need to know of a site, and the launches that they have made."""
 
@@ -57,6 +78,7 @@ class Site:
         self.device = q.device
         self.batch, self.heads, self.q_len, self.dim = q.shape
         self.kv_heads, self.kv_len, self.v_dim = k.shape[1], k.shape[2], v.shape[3]
+        self.scores = self.batch * self.heads * self.q_len * self.kv_len
         self.is_empty = 0 in (self.batch, self.heads, self.q_len, self.kv_len)
         self.group = self.heads // self.kv_heads if self.kv_heads else 1
         self.program = program
@@ -77,11 +99,13 @@ class Site:
         meta = [torch.empty_strided(t.shape, t.stride(), device="meta") for t in tensors]
         self.like = [t if fit else t.contiguous() for t, fit in zip(meta, self.fits, strict=True)]
         self.layouts = [bshd(sizes) for sizes in (q.shape, k.shape, v.shape, (*q.shape[:3], self.v_dim))]
-        self.layout_of_rows = q.shape[:3], (self.heads * self.q_len, self.q_len, 1)
+        of_rows = (self.heads * self.q_len, self.q_len, 1)
+        self.layout_of_rows = tuple(q.shape[:3]), of_rows
         self.strides = [strides_of(t) for t in self.like]
         types, numbers = typed(captures)
         arrays = self._arrays(captures)
         self.arrays = list(arrays.values())
+        self.layouts_of_arrays = [(tuple(t.shape), t.stride(), t.dtype) for t in self.arrays]
         array_types, array_numbers = typed(self.arrays)
         gathered = tuple(
             Gathered(load, dataclasses.replace(kind, padded=True))
@@ -92,9 +116,8 @@ class Site:
         of_sink = frozenset() if program.sink is None else differentiable_loads(program.sink)
         self.of_sink = tuple(i for i in wanted if program.captures[i] in of_sink)
         self.of_score = tuple(i for i in wanted if program.captures[i] not in of_sink - of_score)
-        buffers = [torch.empty(captures[i].shape, device="meta") for i in self.of_score]
-        buffer_types, buffer_numbers = typed(buffers)
-        self.gradient_sizes = [tuple(t.shape) for t in buffers]
+        sums = [self._sum_of(captures[i], program.captures[i]) for i in self.of_score]
+        buffer_types, buffer_numbers = typed(sums)
         self.gnums = tuple(n for s in buffer_numbers for n in s)
         grads = tuple(zip(self.of_score, buffer_types, strict=True))
         approximate = self.itemsize == 2 and not is_interpreted()
@@ -102,12 +125,13 @@ class Site:
         several = self.batch > 1
         self.code: Generated = generate(self.program, types, grads, gathered, several, fold, approximate)
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
+        self.sums_rows = self.sums_rows_exactly or not self.code.folded
         self.launches = Launches(self.tuned if tune else None)
         self.capability = _major_capability(q.device)
         self.describes = (
             self.capability == 9
             and self.itemsize == 2
-            and self.batch * self.heads * self.q_len * self.kv_len >= FEWEST_SCORES_DESCRIBED
+            and self.scores >= FEWEST_SCORES_DESCRIBED
             and all(map(is_describable, self.like))
         )
         self.pair_bytes = self._pair_bytes(captures, gathered)
@@ -115,6 +139,13 @@ class Site:
         # Heads that share a tile must share the lists of blocks.
         self.shares_map = self.group == 1 or "h" not in self.program.mask_variables
         self.splits = 0 if self.is_empty else self._splits(q.device)
+        self.buffers = [self._buffer(slot, like) for slot, like in enumerate(sums)]
+        width = 2 if self.code.folded else 4
+        self.layout_of_stats = (*q.shape[:3], width), (*(n * width for n in of_rows), 1)
+        # Rows for which there is one number that says whether one of them is dead.
+        self.edge_of_stats = self.config("dq").bm if self.sums_rows else 64
+        self.flags = self.group * -(-self.q_len // self.edge_of_stats)
+        self.has_flags = self.visits_dead_rows or program.dead_rows in NAN
 
     def _pair_bytes(self, captures: Sequence[Tensor], gathered: Sequence[Gathered]) -> int:
         """Of all that the score loads, or loads as an index, in tiles of queries and keys."""
@@ -129,8 +160,7 @@ class Site:
 
         That is what all batch entries load for each pair, and no tile can read as it lies.
         """
-        scores = self.batch * self.heads * self.q_len * self.kv_len
-        few = self.batch < FEWEST_ENTRIES_GATHERED or scores < FEWEST_SCORES_GATHERED
+        few = self.batch < FEWEST_ENTRIES_GATHERED or self.scores < FEWEST_SCORES_GATHERED
         if few or self._most_splits:
             return {}
         found = {}
@@ -153,6 +183,15 @@ class Site:
             ):
                 found[load] = torch.empty(sizes, dtype=table.dtype, device="meta")
         return found
+
+    def _sum_of(self, capture: Tensor, name: str) -> Tensor:
+        """An array like the sum of the capture's gradient: rows of keys take up whole eights."""
+        loads = (n for n in walk(self.program.score) if n.op == "load" and n.args[0] == name)
+        array = torch.empty(capture.shape, device="meta")
+        if not any(map(is_in_rows, loads)) or array.shape[-1] == 1:
+            return array
+        *lead, last = array.shape
+        return array.new_empty((*lead, -(-last // 8) * 8))[..., :last]
 
     def rows(self, t: Tensor, position: int, described: bool = False) -> Tensor:
         """``t`` as the kernels read it: copied if its layout, or for a descriptor its address, is not fit."""
@@ -320,6 +359,32 @@ class Site:
     def visits_dead_rows(self) -> bool:
         """Whether a pass of its own has what dead rows add to dk and dv."""
         return self.uniform or (self.averages and self.dropout)
+
+    def parts_of_table(self, table: Table, edge: int) -> tuple[int, int]:
+        """Diagonals of tiles of edge × edge, and parts that each is summed in."""
+        q_tiles, kv_tiles = (-(-length // edge) for length in (self.q_len, self.kv_len))
+        together = q_tiles + kv_tiles - 1 if table.by_distance else q_tiles * kv_tiles
+        if table.uses_b:
+            return together, self.batch
+        # Few diagonals lie between the ends.
+        busy = min(together, 8) if table.has_ends and self.skips_ends else together
+        tiles = self.batch * (min(q_tiles, kv_tiles) if table.by_distance else 1)
+        # Every part adds a number for each distance, or for each pair.
+        enough = processors(self.device) * (8 if table.by_distance else 1)
+        return together, min(tiles, -(-enough // (self.heads * busy)))
+
+    def _buffer(self, slot: int, like: Tensor) -> Buffer:
+        size, edge = self.heads * self.q_len * self.kv_len, self.config("pairs").bm
+        is_written = like.numel() == size > 0 and any(
+            table.slot == slot and table.write is not None and self.parts_of_table(table, edge)[1] == 1
+            for table in self.code.tables
+        )
+        doubled = self.precision == "ieee" and like.numel() < self.scores
+        *lead, last = like.shape or (1,)
+        row = last if like.is_contiguous() else -(-last // 8) * 8
+        sizes = (*lead, row) if like.ndim else ()
+        dtype = torch.float64 if doubled else torch.float32
+        return Buffer(sizes, None if row == last else last, dtype, is_written)
 
     @property
     def skips_ends(self) -> bool:

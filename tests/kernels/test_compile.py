@@ -76,6 +76,8 @@ SITES = {
         "batch": 64,
     },
     "bias of all 64": {"text": "s*0.125 + bias[h, q, kv]", "captures": [(4, 256, 256)], "batch": 64},
+    "wide bias 64": {"text": "s*0.125 + wide[h, q, kv]", "captures": [(4, 256, 256)], "batch": 4},
+    "wide bias 128": {"text": "s*0.125 + wide[h, q, kv]", "captures": [(4, 256, 256)], "dim": 128},
     "gather 128": {"text": GATHER, "captures": [(4, 300, 32), (599,)], "length": 300, "dim": 128},
 }
 LAST = "s*0.125 where kv <= q + Skv - Sq"
@@ -188,7 +190,7 @@ def compiled(monkeypatch, tmp_path):
             q, do = (torch.empty(batch, heads, q_len or length, dim, dtype=dtype) for _ in range(2))
             k, v = (torch.empty(batch, 2, length, dim, dtype=dtype) for _ in range(2))
             names = zip(program.captures, captures, strict=True)
-            kinds = {"bucket": torch.int64}
+            kinds = {"bucket": torch.int64, "wide": torch.float32}
             tensors = [torch.empty(shape, dtype=kinds.get(name, dtype)) for name, shape in names]
             maps, sizes = [], (batch, heads, q_len or length, length)
             if program.mask is not None:

@@ -112,7 +112,7 @@ sys.path.insert(0, sys.argv[1])
 sys.path.insert(0, sys.argv[1] + "/kernels")
 from kernel_cases import *
 from flashfuse.kernels import block_map, block_map_triton, decode, launch
-from flashfuse.kernels import triton_attention, triton_launches, triton_site
+from flashfuse.kernels import triton_attention, triton_site
 from flashfuse.kernels.spec import ScoreProgram
 from test_block_map import EXACT, CONSERVATIVE, captures_of, states_of
 
@@ -281,9 +281,9 @@ for case in [
     attempt(str(case), lambda: gathered(case))
     if "e[h, q, kv]" in case.program and case.sizes[0] > 1:
         # One program for all of the batch writes its sums.
-        triton_launches.processors = lambda device: 1
+        triton_site.processors, processors = lambda device: 1, triton_site.processors
         attempt(f"{case}, one part", lambda: gathered(case, writes=True))
-        triton_launches.processors = triton_site.processors
+        triton_site.processors = processors
 """, 9),
     # As in long sequences on capability 9: tiles by descriptors; dk and dv of wide heads one by one.
     "described": ("""
