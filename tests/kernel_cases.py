@@ -73,6 +73,13 @@ def looked_up(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
     return [torch.randn(9, h), torch.randint(-9, 9, (sq, skv))]
 
 
+def last_is_dead(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
+    """[H, Sq]: the last query of the last head sees no key, others see all."""
+    last = torch.full((h, sq), -1)
+    last[-1, -1] = skv
+    return [last]
+
+
 def sinks(b: int, h: int, sq: int, skv: int) -> list[Tensor]:
     """[H]"""
     return [torch.randn(h)]

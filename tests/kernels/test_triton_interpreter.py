@@ -71,6 +71,10 @@ CASES = """
            dtype=dtype, aux=p > 0)
       for tail in ("mean", "uniform", "nan", "zero")
       for p, dtype in ((0.0, torch.float32), (0.2, torch.float16))),
+    # The only dead row has the last of 160 flags.
+    *(dict(program=f"s*0.158 where kv > last[h, q] else {tail}", sizes=(1, 32, 300, 8), captures=last_is_dead,
+           dims=(8, 8), dtype=torch.float16)
+      for tail in ("uniform", "nan")),
 """
 
 # Few queries: the forward alone, since the backward is that of any site.
@@ -117,12 +121,14 @@ from flashfuse.kernels.spec import ScoreProgram
 from test_block_map import EXACT, CONSERVATIVE, captures_of, states_of
 
 results = {}
-empty = torch.empty
-def poisoned(*args, **kwargs):
-    t = empty(*args, **kwargs)
-    return t.fill_(float("nan")) if t.is_floating_point() and t.device.type != "meta" else t
-torch.empty = poisoned
-torch.Tensor.new_empty = lambda t, size, **kwargs: poisoned(size, **{"dtype": t.dtype, **kwargs})
+def poisoned(make):
+    def run(*args, **kwargs):
+        t = make(*args, **kwargs)
+        return t if t.device.type == "meta" else t.fill_(float("nan") if t.is_floating_point() else 2**30)
+    return run
+torch.empty = poisoned(torch.empty)
+for name in ("new_empty", "new_empty_strided"):
+    setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
 
 def attempt(name, run):
     try:
@@ -270,6 +276,9 @@ for case in [
          captures=looked_up, grads=(0,), dtype=torch.float16, dropout_p=0.2),
     dict(program="s*0.158 + e[h, q, kv]", sizes=(2, 2, 33, 70), captures=BIAS, grads=(0,)),
     dict(program="s*0.158 + e[h, q, kv]", sizes=(1, 2, 33, 41), captures=BIAS, grads=(0,)),
+    # Of more queries and keys than there are.
+    dict(program="s*0.158 + e[h, q, kv]", sizes=(2, 2, 33, 41), grads=(0,),
+         captures=lambda b, h, sq, skv: [torch.randn(h, sq + 2, skv + 11)], dtype=torch.float16),
     dict(program="tanh(s*0.05 + e[q, kv]*f[h, kv, q])*4.0 where kv <= q", sizes=(2, 2, 40, 33), grads=(0, 1),
          captures=of_pairs(("q", "kv"), ("h", "kv", "q")), aux=True),
     dict(program="s*0.158 + bias[0, 0, q, kv] else nan_all", sizes=(2, 2, 33, 40), grads=(0,),
@@ -284,7 +293,7 @@ for case in [
         triton_site.processors, processors = lambda device: 1, triton_site.processors
         attempt(f"{case}, one part", lambda: gathered(case, writes=True))
         triton_site.processors = processors
-""", 9),
+""", 11),
     # As in long sequences on capability 9: tiles by descriptors; dk and dv of wide heads one by one.
     "described": ("""
 triton_site.FEWEST_SCORES_DESCRIBED = 0
