@@ -187,7 +187,7 @@ class Site:
     def _sum_of(self, capture: Tensor, name: str) -> Tensor:
         """An array like the sum of the capture's gradient: rows of keys take up whole eights."""
         loads = (n for n in walk(self.program.score) if n.op == "load" and n.args[0] == name)
-        array = torch.empty(capture.shape, device="meta")
+        array = torch.empty(capture.shape, dtype=capture.dtype, device="meta")
         if not any(map(is_in_rows, loads)) or array.shape[-1] == 1:
             return array
         *lead, last = array.shape
@@ -384,6 +384,9 @@ class Site:
         row = last if like.is_contiguous() else -(-last // 8) * 8
         sizes = (*lead, row) if like.ndim else ()
         dtype = torch.float64 if doubled else torch.float32
+        if is_written and not doubled and not self.uniform:
+            # Nothing is added to it afterwards.
+            dtype = like.dtype
         return Buffer(sizes, None if row == last else last, dtype, is_written)
 
     @property
