@@ -63,12 +63,12 @@ def _weights(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _lse_and_delta(  # type: ignore[no-untyped-def]
-    Out, DOut, Lse, Stats, Dead, sob, soh, sos, sgb, sgh, sgs, bh, first, H, Sq,
+    Out, DOut, Lse, Dead, sob, soh, sos, sgb, sgh, sgs, bh, first, H, Sq,
     DV: tl.constexpr, DV_PAD: tl.constexpr, FOLDED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Into Stats: lse as the other kernels want it, base 2 where FOLDED and +∞ in dead rows, and delta.
+    """lse as the other kernels want it, base 2 where FOLDED and +∞ in dead rows and past the last, and delta.
 
-    Returns that lse.  Dead, or None: 1 where a row of this program's tile is dead, else 0, by program.
+    Into Dead, unless None: 1 where a row of this program's tile is dead, else 0, by program.
     """
     b64, h64 = (bh // H).to(tl.int64) * 8, (bh % H).to(tl.int64) * 8
     local = tl.arange(0, BM)
@@ -77,19 +77,16 @@ def _lse_and_delta(  # type: ignore[no-untyped-def]
     do = load_rows(DOut + b64 * sgb + h64 * sgh + first64 * sgs, local, sgs, Sq - first, DV, DV_PAD, True)
     rows = bh.to(tl.int64) * Sq + first + local
     inside = local < Sq - first
-    lse = tl.load(Lse + rows, mask=inside, other=0.0)
+    lse = tl.load(Lse + rows, mask=inside, other=float("inf"))
     dead = lse == float("-inf")
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     # Where the mode made the row NaN, its weights of 0 must still give 0.
-    WIDTH: tl.constexpr = 2 if FOLDED else 4
-    tl.store(Stats + rows * WIDTH + 1, tl.where(dead & (delta != delta), 0.0, delta), mask=inside)
+    delta = tl.where(dead & (delta != delta), 0.0, delta)
     if FOLDED:
         lse = lse * LOG2E
-    lse = tl.where(dead, float("inf"), lse)
-    tl.store(Stats + rows * WIDTH, lse, mask=inside)
     if Dead is not None:
         tl.store(Dead + tl.program_id(0), tl.max(dead.to(tl.int32), 0))
-    return tl.where(inside, lse, float("inf"))
+    return tl.where(dead, float("inf"), lse), delta
 
 
 @triton.jit
@@ -106,15 +103,19 @@ def _any_dead(Dead, group, flags):  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["sob", "soh", "sos", "sgb", "sgh", "sgs", "H", "Sq"])
 def backward_prepare(  # type: ignore[no-untyped-def]
     Out, DOut, Lse, Stats, Dead, sob, soh, sos, sgb, sgh, sgs, H, Sq,
-    DV: tl.constexpr, DV_PAD: tl.constexpr, FOLDED: tl.constexpr, BM: tl.constexpr,
+    DV: tl.constexpr, DV_PAD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Stats, of a FOLDED program that needs no sums of rows."""
     tiles = (Sq + BM - 1) // BM
     bh = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BM
-    _lse_and_delta(
-        Out, DOut, Lse, Stats, Dead, sob, soh, sos, sgb, sgh, sgs, bh, first, H, Sq, DV, DV_PAD, FOLDED, BM
+    lse, delta = _lse_and_delta(
+        Out, DOut, Lse, Dead, sob, soh, sos, sgb, sgh, sgs, bh, first, H, Sq, DV, DV_PAD, True, BM
     )
+    local = tl.arange(0, BM)
+    at = bh.to(tl.int64) * Sq + first + local
+    tl.store(Stats + at * 2, lse, mask=local < Sq - first)
+    tl.store(Stats + at * 2 + 1, delta, mask=local < Sq - first)
 
 
 @triton.jit(
@@ -153,8 +154,8 @@ def backward_rows(  # type: ignore[no-untyped-def]
     inside = local < Sq - first
     at = bh.to(tl.int64) * Sq + first + local
     WIDTH: tl.constexpr = 2 if FOLDED else 4
-    lse = _lse_and_delta(
-        Out, DOut, Lse, Stats, Dead, sob, soh, sos, sgb, sgh, sgs, bh, first, H, Sq, DV, DV_PAD, FOLDED, BM
+    lse, delta = _lse_and_delta(
+        Out, DOut, Lse, Dead, sob, soh, sos, sgb, sgh, sgs, bh, first, H, Sq, DV, DV_PAD, FOLDED, BM
     )
     live = tl.abs(lse) < float("inf")
     if not EXACT:
@@ -213,7 +214,9 @@ def backward_rows(  # type: ignore[no-untyped-def]
             total += _weights(sink, lse, norm, Skv, FOLDED, False, PRECISION)
         norm = tl.where(live, tl.log2(total), 0.0)
         if EXACT:
-            tl.store(Stats + at * WIDTH + 1, weighted / total, mask=live)
+            delta = tl.where(live, weighted / total, delta)
+    tl.store(Stats + at * WIDTH, lse, mask=inside)
+    tl.store(Stats + at * WIDTH + 1, delta, mask=inside)
     if not FOLDED:
         tl.store(Stats + at * WIDTH + 2, norm, mask=inside)
         if LINE is not None:

@@ -103,7 +103,7 @@ def of_prepare(site: Site) -> Launch:
     bm = site.edge_of_stats
     numbers = (
         *(*site.strides[4], *site.strides[3], site.heads, site.q_len),
-        *(site.v_dim, site.dv_pad, site.code.folded, bm),
+        *(site.v_dim, site.dv_pad, bm),
     )
     programs = -(-site.q_len // bm) * site.batch * site.heads
     return Launch(backward_kernels.backward_prepare, programs, numbers)
