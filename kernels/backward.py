@@ -585,7 +585,11 @@ def _dq_tile(  # type: ignore[no-untyped-def]
             before += tl.where(is_before[:, None], part, 0.0)
             after += tl.where(is_after[:, None], part, 0.0)
     if ACCUMULATE is not None:
-        ACCUMULATE(ds, s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums, gptrs, gnums, not CHECK)
+        inside = q_first + tl.arange(0, BM) < Sq
+        if UNIFORM:
+            inside = inside & (lse == float("inf"))
+        of_pairs = rows[:, None], kv[None, :]
+        ACCUMULATE(ds, s, b, h, *of_pairs, Sq, Skv, ptrs, nums, gptrs, gnums, inside[:, None], not CHECK)
     if DSCORE is not None:
         ds = ds * DSCORE(s, b, h, rows[:, None], kv[None, :], Sq, Skv, ptrs, nums)
         if CHECK:

@@ -4,7 +4,7 @@ A generated function receives the score, the indices, the lengths and two tuples
 pointer per capture, and ``nums``, the captures' strides that the signature does not know followed by
 the named integers.  Names are canonical (captures by position), so sites that differ only in names
 or sizes share one compiled kernel.  Indices given to a function must lie inside the sizes; the
-kernels clamp them.
+kernels clamp them, but for the functions of tables, which see to it themselves.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Table:
     Attributes:
         slope: the derivative of the score by the load; ``None`` where it is 1.
         add: adds a tile of gradients to the buffer.
-        write: writes it there, where the index is h, q and kv, and nothing else adds to it; or ``None``.
+        write: writes it there, where h, q and the key are the index and lie in rows, and nothing else adds to
+            it; or ``None``.
         slot: which buffer.
         by_distance: the index depends on q and kv only by their difference; else not on b.
         uses_b: the index, or where the ends are, depends on b.
@@ -390,8 +391,8 @@ def _accumulate_function(name: str, score: Expr, loads: Sequence[_Load], names: 
     """Adds ``g · d score / d load`` of a [q, kv] tile at every one of ``loads``.
 
     ``g`` is dL/dscore, zero where a key is not allowed or out of range.  Axes that the index does
-    not depend on are summed in registers first.  What lies in rows is added by four where the tile is WHOLE,
-    all its keys in range.
+    not depend on are summed in registers first.  What lies in rows is added by four, of the rows that are
+    ``inside``, where the tile is WHOLE: all its keys are in range.
     """
     printer = Printer(names)
     for load in loads:
@@ -402,9 +403,10 @@ def _accumulate_function(name: str, score: Expr, loads: Sequence[_Load], names: 
             # A weight of 0 has no part in it, even where the derivative overflows.
             value = f"tl.where(g == 0.0, 0.0, {value})"
         value = printer.emit(value)
-        inside = "None if WHOLE else {} != 0" if load.in_rows else "{} != 0"
+        inside = "inside if WHOLE else {} != 0" if load.in_rows else "{} != 0"
         _add(load, value, inside, printer)
-    return render(name, f"{_GRADIENT_PARAMETERS}, WHOLE: tl.constexpr", printer.lines or ["pass"])
+    parameters = f"{_GRADIENT_PARAMETERS}, inside, WHOLE: tl.constexpr"
+    return render(name, parameters, printer.lines or ["pass"])
 
 
 def _add(load: _Load, value: str, inside: str, printer: Printer, alone: bool = False) -> None:
@@ -444,9 +446,12 @@ def _table_functions(i: int, load: _Load, is_alone: bool, score: Expr, names: Na
 
 
 def is_in_rows(load: Expr) -> bool:
-    """The last axis is that of the keys, another depends on q, and nothing is looked up for an index."""
-    looks_up = any(n.op == "load" for i in load.operands for n in walk(i))
-    return load.operands[-1] == KV and "q" in variables(load) and not looks_up
+    """The last axis is that of the keys, the others depend on q, not on keys, and on nothing looked up."""
+    if not load.operands or load.operands[-1] != KV:
+        return False
+    lead = load.operands[:-1]
+    used = set().union(*map(variables, lead))
+    return "q" in used and "kv" not in used and not any(n.op == "load" for i in lead for n in walk(i))
 
 
 def loads_of_pairs(score: Expr) -> list[Expr]:

@@ -252,7 +252,7 @@ def in_eights(kv):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def add_gradient(Buffer, Scale, offset, value, inside, ALONE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add ``value``, a number or a tile of numbers, to Buffer at ``offset``, if not None only ``inside``.
+    """Add ``value``, a number or a tile of numbers, to Buffer at ``offset`` where it is ``inside``.
 
     If ALONE, nothing else is added there, so that it is written.
 

@@ -28,6 +28,11 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def in_eights(size: int) -> int:
+    """The multiple of 8 that ``size`` fits in."""
+    return -(-size // 8) * 8
+
+
 def bshd(sizes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes [B, H, S, D], and the strides of what lies as [B, S, H, D], as of ``ops.empty_bhsd``."""
     b, h, s, d = sizes

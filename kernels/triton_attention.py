@@ -116,7 +116,6 @@ def backward(
     lse = lse.contiguous()
     kv_map, q_map = site.maps(maps, captures, ints, q.device)
     aligned = is_aligned(q, k, v, do, out, *captures)
-    code = site.code
     run = site.launches.run
     stats = lse.new_empty_strided(*site.layout_of_stats)
     dead = None
@@ -139,7 +138,7 @@ def backward(
             make = functools.partial(triton_launches.of_dq, site, dq, kv_map, False)
             tensors = q, k, v, do, dq
             run(f"dq{kind}", aligned, make, *tensors, stats, None, kv_map, seed, ends, ptrs, buffers)
-            for i, table in enumerate(() if site.is_constant else code.tables):
+            for i, table in enumerate(site.tables):
                 make = functools.partial(triton_launches.of_table, site, i)
                 name = f"{'table' if table.by_distance else 'pairs'}{i or ''}{kind}"
                 run(name, aligned, make, q, k, v, do, stats, seed, ends, ptrs, buffers)
@@ -192,8 +191,8 @@ def _with_arrays(site: Site, captures: Sequence[Tensor], aligned: bool) -> tuple
 def _capture_gradients(site: Site, add_up: Callable[[str, tuple[Tensor, ...]], None]) -> list[Tensor]:
     """Gradients of ``of_score``; ``add_up``, which works out dq, adds to two buffers for each.
 
-    See ``device_math.add_gradient``.  The sums are float32; of full float32 what shrinks is summed in
-    float64, which libraries come near to by adding in trees.
+    See ``device_math.add_gradient``.  The sums are float32, but for what one program sums and writes; of full
+    float32 what shrinks is summed in float64, which libraries come near to by adding in trees.
     Where PyTorch is asked for deterministic algorithms, the sums are taken in integers, in a second
     pass, of the scale that the largest term of the first gives.  A NaN or infinite term makes the whole
     gradient NaN then.
@@ -252,7 +251,7 @@ def _dead_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """What dead rows add to dk and dv, float32, shaped like them; ``rest`` as in ``backward``.
 
-    Where ``dead`` is 0, memory as it was.  That dv is NaN there is said by ``dead`` alone.
+    Where no flag of ``dead`` is set, memory as it was.  That dv is NaN there is said by ``dead`` alone.
     """
     if site.visits_dead_rows:
         stats, seed, ptrs = rest

@@ -116,9 +116,9 @@ def of_rows(site: Site, kv_map: Tensor | None) -> Launch:
         *(site.nums, *site.four_strides, *site.strides[4], *site.lengths, *map_strides(kv_map), *site.drop),
         *(code.score, code.mask, code.sink, site.scale, code.folded),
         *(site.sums_rows_exactly, site.config("dk").bm if site.end_functions[2] else None, *site.dims),
-        *(BLOCK, site.dropout, site.precision, config.bm, config.bn),
+        *(BLOCK, site.dropout, site.precision, site.edge_of_stats, config.bn),
     )
-    programs = -(-site.q_len // config.bm) * site.batch * site.heads
+    programs = -(-site.q_len // site.edge_of_stats) * site.batch * site.heads
     config = config._replace(stages=min(config.stages, 2), registers=None)
     return _launch(site, backward_kernels.backward_rows, programs, numbers, config)
 
@@ -168,11 +168,11 @@ def of_dq(
     if uniform:
         # Most of these programs leave at once: room for many of them.
         config = config._replace(stages=1, registers=None)
-    accumulate = code.accumulate
-    if site.is_constant or (uniform and site.program.dead_rows in SCORES_ONLY):
+    accumulate = code.accumulate if uniform else code.others
+    dead_rows = site.program.dead_rows
+    is_constant = site.is_constant and not (uniform and dead_rows in NAN)
+    if is_constant or (uniform and dead_rows in SCORES_ONLY):
         accumulate = None
-    elif not uniform:
-        accumulate = code.others
     of_ends: tuple[Any, Any, int | None] = (None, None, None)
     if site.skips_ends and not uniform:
         table = next(table for table in code.tables if table.has_ends)

@@ -30,7 +30,16 @@ from flashfuse.kernels.expr import Expr, variables, walk
 from flashfuse.kernels.forward import DEAD_MEAN, DEAD_NAN, DEAD_ZERO
 from flashfuse.kernels.interval import needs_elements
 from flashfuse.kernels.launch import Launch, Launches
-from flashfuse.kernels.layout import bshd, fits, is_aligned, is_describable, padded, strides_of, typed
+from flashfuse.kernels.layout import (
+    bshd,
+    fits,
+    in_eights,
+    is_aligned,
+    is_describable,
+    padded,
+    strides_of,
+    typed,
+)
 from flashfuse.kernels.ops import BLOCK
 from flashfuse.kernels.printer import axis_of, follows_keys, is_of_distance, is_scattered
 from flashfuse.kernels.spec import AVERAGING, NAN, REACHING, ScoreProgram, differentiable_loads
@@ -117,13 +126,14 @@ class Site:
         self.of_sink = tuple(i for i in wanted if program.captures[i] in of_sink)
         self.of_score = tuple(i for i in wanted if program.captures[i] not in of_sink - of_score)
         sums = [self._sum_of(captures[i], program.captures[i]) for i in self.of_score]
-        buffer_types, buffer_numbers = typed(sums)
+        buffer_types, buffer_numbers = typed([used for _, used in sums])
         self.gnums = tuple(n for s in buffer_numbers for n in s)
         grads = tuple(zip(self.of_score, buffer_types, strict=True))
         approximate = self.itemsize == 2 and not is_interpreted()
         fold = self.precision != "ieee"
         several = self.batch > 1
         self.code: Generated = generate(self.program, types, grads, gathered, several, fold, approximate)
+        self.tables = () if self.is_constant else self.code.tables
         self.sums_rows_exactly = self.precision == "ieee" or self.code.sums_rows
         self.sums_rows = self.sums_rows_exactly or not self.code.folded
         self.launches = Launches(self.tuned if tune else None)
@@ -139,7 +149,7 @@ class Site:
         # Heads that share a tile must share the lists of blocks.
         self.shares_map = self.group == 1 or "h" not in self.program.mask_variables
         self.splits = 0 if self.is_empty else self._splits(q.device)
-        self.buffers = [self._buffer(slot, like) for slot, like in enumerate(sums)]
+        self.buffers = [self._buffer(slot, *arrays) for slot, arrays in enumerate(sums)]
         width = 2 if self.code.folded else 4
         self.layout_of_stats = (*q.shape[:3], width), (*(n * width for n in of_rows), 1)
         # Rows for which there is one number that says whether one of them is dead.
@@ -169,7 +179,7 @@ class Site:
             used = variables(load)
             axes = zip(load.operands, table.shape, table.stride(), strict=True)
             moved = set().union(*(variables(i) for i, size, stride in axes if size > 1 and stride))
-            sizes = self.heads if "h" in used else 1, self.q_len, -(-self.kv_len // 8) * 8
+            sizes = self.heads if "h" in used else 1, self.q_len, in_eights(self.kv_len)
             in_rows = table.stride(-1) == 1 and follows_keys(load.operands[-1])
             if (
                 table.is_floating_point()
@@ -184,14 +194,15 @@ class Site:
                 found[load] = torch.empty(sizes, dtype=table.dtype, device="meta")
         return found
 
-    def _sum_of(self, capture: Tensor, name: str) -> Tensor:
-        """An array like the sum of the capture's gradient: rows of keys take up whole eights."""
+    def _sum_of(self, capture: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """An array like the sum of the capture's gradient, rows of keys in whole eights, and what is used."""
         loads = (n for n in walk(self.program.score) if n.op == "load" and n.args[0] == name)
         array = torch.empty(capture.shape, dtype=capture.dtype, device="meta")
         if not any(map(is_in_rows, loads)) or array.shape[-1] == 1:
-            return array
+            return array, array
         *lead, last = array.shape
-        return array.new_empty((*lead, -(-last // 8) * 8))[..., :last]
+        whole = array.new_empty((*lead, in_eights(last)))
+        return whole, whole[..., :last]
 
     def rows(self, t: Tensor, position: int, described: bool = False) -> Tensor:
         """``t`` as the kernels read it: copied if its layout, or for a descriptor its address, is not fit."""
@@ -373,27 +384,26 @@ class Site:
         enough = processors(self.device) * (8 if table.by_distance else 1)
         return together, min(tiles, -(-enough // (self.heads * busy)))
 
-    def _buffer(self, slot: int, like: Tensor) -> Buffer:
-        size, edge = self.heads * self.q_len * self.kv_len, self.config("pairs").bm
-        is_written = like.numel() == size > 0 and any(
+    def _buffer(self, slot: int, whole: Tensor, used: Tensor) -> Buffer:
+        edge = self.config("pairs").bm
+        # As many elements as pairs: the indices h, q and kv of what is written meet all of them.
+        is_written = used.numel() * self.batch == self.scores > 0 and any(
             table.slot == slot and table.write is not None and self.parts_of_table(table, edge)[1] == 1
-            for table in self.code.tables
+            for table in self.tables
         )
-        doubled = self.precision == "ieee" and like.numel() < self.scores
-        *lead, last = like.shape or (1,)
-        row = last if like.is_contiguous() else -(-last // 8) * 8
-        sizes = (*lead, row) if like.ndim else ()
+        doubled = self.precision == "ieee" and used.numel() < self.scores
         dtype = torch.float64 if doubled else torch.float32
-        if is_written and not doubled and not self.uniform:
+        if is_written and not (doubled or self.uniform or self.of_sink):
             # Nothing is added to it afterwards.
-            dtype = like.dtype
-        return Buffer(sizes, None if row == last else last, dtype, is_written)
+            dtype = used.dtype
+        row = None if used.shape == whole.shape else used.shape[-1]
+        return Buffer(tuple(whole.shape), row, dtype, is_written)
 
     @property
     def skips_ends(self) -> bool:
         """Whether the kernel of dq has the gradient of the ends of a table of indices."""
-        has_ends = any(table.has_ends for table in self.code.tables)
-        return self.end_functions[0] is not None and has_ends and not self.is_constant
+        has_ends = any(table.has_ends for table in self.tables)
+        return self.end_functions[0] is not None and has_ends
 
     @property
     def is_constant(self) -> bool:

@@ -239,6 +239,21 @@ def test_compiles_without_spills(name, capability, tiles, compiled):
     check(kernels, name, capability)
 
 
+@pytest.mark.parametrize(("batch", "kernel"), [(1, "backward_dq"), (4, "backward_table")])
+def test_the_gradient_of_a_bias_is_added_by_four(batch, kernel, compiled, monkeypatch):
+    report, texts = ptxas_report, []
+
+    def noted(compiled_kernel, *rest):
+        texts.append(compiled_kernel.asm["ptx"])
+        return report(compiled_kernel, *rest)
+
+    monkeypatch.setitem(globals(), "ptxas_report", noted)
+    text = "s*0.125 + bias[h, q, kv]"
+    compiled(90, text=text, captures=[(4, 300, 300)], length=300, batch=batch)
+    (ptx,) = (text for text in texts if f".entry {kernel}" in text)
+    assert re.search(r"red\.global[.a-z]*\.add\.v4\.f32", ptx)
+
+
 @pytest.mark.parametrize(("name", "q_len", "capability"), FEW_RUNS)
 def test_few_queries_compile_without_spills(name, q_len, capability, compiled):
     kernels = compiled(capability, **FEW_QUERIES[name], length=5000, q_len=q_len)

@@ -71,6 +71,8 @@ CASES = """
            dtype=dtype, aux=p > 0)
       for tail in ("mean", "uniform", "nan", "zero")
       for p, dtype in ((0.0, torch.float32), (0.2, torch.float16))),
+    dict(program="s*0.158 + 0.1*c[()]", sizes=(1, 2, 33, 40), captures=lambda *n: [torch.randn(())],
+         grads=(0,)),
     # The only dead row has the last of 160 flags.
     *(dict(program=f"s*0.158 where kv > last[h, q] else {tail}", sizes=(1, 32, 300, 8), captures=last_is_dead,
            dims=(8, 8), dtype=torch.float16)
@@ -112,6 +114,8 @@ FEW_QUERIES = """
 
 SCRIPT = """
 import json, sys, torch
+import numpy as np
+from triton.runtime import interpreter
 sys.path.insert(0, sys.argv[1])
 sys.path.insert(0, sys.argv[1] + "/kernels")
 from kernel_cases import *
@@ -129,6 +133,38 @@ def poisoned(make):
 torch.empty = poisoned(torch.empty)
 for name in ("new_empty", "new_empty_strided"):
     setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+# What a kernel reads and writes lies within the memory of the tensors that it was given.
+spans = []
+def tensors_in(given):
+    for x in given:
+        if isinstance(x, tuple):
+            yield from tensors_in(x)
+        elif isinstance(x, torch.Tensor):
+            yield x
+def bounded(run):
+    def launch(what, *tensors):
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(tensors)}
+        spans[:] = sorted((at, at + size) for at, size in storages.items())
+        try:
+            return run(what, *tensors)
+        finally:
+            spans.clear()
+    return launch
+launch.launch = bounded(launch.launch)
+def checked(access, pointers, mask):
+    def run(self, *args):
+        addresses, allowed = args[pointers].data, args[mask].data
+        starts = addresses.astype(np.int64)[np.broadcast_to(allowed, addresses.shape)]
+        size = np.dtype(interpreter._get_np_dtype(args[pointers].get_element_ty())).itemsize
+        for start, end in spans:
+            starts = starts[(starts < start) | (starts + size > end)]
+        assert not spans or not starts.size, f"{starts.size} accesses out of bounds"
+        return access(self, *args)
+    return run
+Builder = interpreter.InterpreterBuilder
+for name, *places in (("masked_load", 0, 1), ("masked_store", 0, 2), ("atomic_rmw", 1, 3)):
+    setattr(Builder, f"create_{name}", checked(getattr(Builder, f"create_{name}"), *places))
 
 def attempt(name, run):
     try:
@@ -276,6 +312,9 @@ for case in [
          captures=looked_up, grads=(0,), dtype=torch.float16, dropout_p=0.2),
     dict(program="s*0.158 + e[h, q, kv]", sizes=(2, 2, 33, 70), captures=BIAS, grads=(0,)),
     dict(program="s*0.158 + e[h, q, kv]", sizes=(1, 2, 33, 41), captures=BIAS, grads=(0,)),
+    # No rows of keys beside each other, though keys are the last axis.
+    dict(program="s*0.158 + e[q + kv, kv]", sizes=(2, 2, 10, 13), grads=(0,),
+         captures=lambda b, h, sq, skv: [torch.randn(sq + skv - 1, skv)]),
     # Of more queries and keys than there are.
     dict(program="s*0.158 + e[h, q, kv]", sizes=(2, 2, 33, 41), grads=(0,),
          captures=lambda b, h, sq, skv: [torch.randn(h, sq + 2, skv + 11)], dtype=torch.float16),
@@ -293,7 +332,15 @@ for case in [
         triton_site.processors, processors = lambda device: 1, triton_site.processors
         attempt(f"{case}, one part", lambda: gathered(case, writes=True))
         triton_site.processors = processors
-""", 11),
+# Of one query or one key nothing is gathered.
+LAST = "where kv <= q + Skv - Sq else nan_all"
+for sizes, mask in (((2, 1, 1, 9), ""), ((2, 1, 1, 1), ""), ((2, 1, 33, 1), LAST)):
+    case = Case(f"s*0.158 + e[h, q, kv] {mask}", sizes=sizes, captures=BIAS, grads=(0,), dtype=torch.float16)
+    for count in (1, 132):
+        triton_attention._SITES.clear()
+        triton_site.processors = lambda device, count=count: count
+        attempt(f"{case}, {count} processors", lambda: run_case(triton_attention, case, "cpu"))
+""", 18),
     # As in long sequences on capability 9: tiles by descriptors; dk and dv of wide heads one by one.
     "described": ("""
 triton_site.FEWEST_SCORES_DESCRIBED = 0
