@@ -251,7 +251,7 @@ def test_the_gradient_of_a_bias_is_added_by_four(batch, kernel, compiled, monkey
     text = "s*0.125 + bias[h, q, kv]"
     compiled(90, text=text, captures=[(4, 300, 300)], length=300, batch=batch)
     (ptx,) = (text for text in texts if f".entry {kernel}" in text)
-    assert re.search(r"red\.global[.a-z]*\.add\.v4\.f32", ptx)
+    assert re.search(r"(red|atom)\.global[.a-z]*\.add\.v4\.f32", ptx)
 
 
 @pytest.mark.parametrize(("name", "q_len", "capability"), FEW_RUNS)
