@@ -28,7 +28,7 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def in_eights(size: int) -> int:
+def whole_eights(size: int) -> int:
     """The multiple of 8 that ``size`` fits in."""
     return -(-size // 8) * 8
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashfuse.kernels.backward import ds_tile, load_stats
+from flashfuse.kernels.backward import ds_tile
 from flashfuse.kernels.device_math import MODERATE, sum_up, zeros_beside
 from flashfuse.kernels.forward import load_tile, plane_of
+from flashfuse.kernels.row_stats import load_stats
 
 
 @triton.jit

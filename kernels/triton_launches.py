@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from flashfuse.kernels import backward as backward_kernels
-from flashfuse.kernels import configs, decode, dropout, tables
+from flashfuse.kernels import configs, decode, dropout, row_stats, tables
 from flashfuse.kernels.forward import attention_forward, descriptor_of
 from flashfuse.kernels.launch import Launch
 from flashfuse.kernels.layout import map_strides, padded, strides_of
@@ -106,7 +106,7 @@ def of_prepare(site: Site) -> Launch:
         *(site.v_dim, site.dv_pad, bm),
     )
     programs = -(-site.q_len // bm) * site.batch * site.heads
-    return Launch(backward_kernels.backward_prepare, programs, numbers)
+    return Launch(row_stats.backward_prepare, programs, numbers)
 
 
 def of_rows(site: Site, kv_map: Tensor | None) -> Launch:
@@ -120,7 +120,7 @@ def of_rows(site: Site, kv_map: Tensor | None) -> Launch:
     )
     programs = -(-site.q_len // site.edge_of_stats) * site.batch * site.heads
     config = config._replace(stages=min(config.stages, 2), registers=None)
-    return _launch(site, backward_kernels.backward_rows, programs, numbers, config)
+    return _launch(site, row_stats.backward_rows, programs, numbers, config)
 
 
 def of_dkdv(
@@ -230,6 +230,6 @@ def of_table(site: Site, i: int, config: configs.Config | None = None) -> Launch
 def of_gather(site: Site, i: int) -> Launch:
     """The i-th array of what is gathered."""
     rows, keys = 16, 64
-    heads = len(site.arrays[i])
+    (heads, *_), *_ = site.layouts_of_arrays[i]
     numbers = (site.nums, heads, site.q_len, site.kv_len, site.code.gather[i], rows, keys)
     return Launch(tables.gather_pairs, heads * -(-site.q_len // rows) * -(-site.kv_len // keys), numbers)

@@ -33,12 +33,12 @@ from flashfuse.kernels.launch import Launch, Launches
 from flashfuse.kernels.layout import (
     bshd,
     fits,
-    in_eights,
     is_aligned,
     is_describable,
     padded,
     strides_of,
     typed,
+    whole_eights,
 )
 from flashfuse.kernels.ops import BLOCK
 from flashfuse.kernels.printer import axis_of, follows_keys, is_of_distance, is_scattered
@@ -113,9 +113,8 @@ class Site:
         self.strides = [strides_of(t) for t in self.like]
         types, numbers = typed(captures)
         arrays = self._arrays(captures)
-        self.arrays = list(arrays.values())
-        self.layouts_of_arrays = [(tuple(t.shape), t.stride(), t.dtype) for t in self.arrays]
-        array_types, array_numbers = typed(self.arrays)
+        self.layouts_of_arrays = [(tuple(t.shape), t.stride(), t.dtype) for t in arrays.values()]
+        array_types, array_numbers = typed(list(arrays.values()))
         gathered = tuple(
             Gathered(load, dataclasses.replace(kind, padded=True))
             for load, kind in zip(arrays, array_types, strict=True)
@@ -149,7 +148,7 @@ class Site:
         # Heads that share a tile must share the lists of blocks.
         self.shares_map = self.group == 1 or "h" not in self.program.mask_variables
         self.splits = 0 if self.is_empty else self._splits(q.device)
-        self.buffers = [self._buffer(slot, *arrays) for slot, arrays in enumerate(sums)]
+        self.buffers = [self._buffer(slot, whole, used) for slot, (whole, used) in enumerate(sums)]
         width = 2 if self.code.folded else 4
         self.layout_of_stats = (*q.shape[:3], width), (*(n * width for n in of_rows), 1)
         # Rows for which there is one number that says whether one of them is dead.
@@ -160,7 +159,7 @@ class Site:
     def _pair_bytes(self, captures: Sequence[Tensor], gathered: Sequence[Gathered]) -> int:
         """Of all that the score loads, or loads as an index, in tiles of queries and keys."""
         tensors = dict(zip(self.program.captures, captures, strict=True))
-        tensors.update(zip((of.place.args[0] for of in gathered), self.arrays, strict=True))
+        tensors.update((of.place.args[0], tensors[of.load.args[0]]) for of in gathered)
         nodes = walk(with_gathered(self.program.score, gathered))
         loads = {n for n in nodes if n.op == "load" and axis_of(n) == 2 and not is_scattered(n)}
         return sum(tensors[n.args[0]].element_size() for n in loads)
@@ -179,7 +178,7 @@ class Site:
             used = variables(load)
             axes = zip(load.operands, table.shape, table.stride(), strict=True)
             moved = set().union(*(variables(i) for i, size, stride in axes if size > 1 and stride))
-            sizes = self.heads if "h" in used else 1, self.q_len, in_eights(self.kv_len)
+            sizes = self.heads if "h" in used else 1, self.q_len, whole_eights(self.kv_len)
             in_rows = table.stride(-1) == 1 and follows_keys(load.operands[-1])
             if (
                 table.is_floating_point()
@@ -201,7 +200,7 @@ class Site:
         if not any(map(is_in_rows, loads)) or array.shape[-1] == 1:
             return array, array
         *lead, last = array.shape
-        whole = array.new_empty((*lead, in_eights(last)))
+        whole = array.new_empty((*lead, whole_eights(last)))
         return whole, whole[..., :last]
 
     def rows(self, t: Tensor, position: int, described: bool = False) -> Tensor:

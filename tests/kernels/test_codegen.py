@@ -221,7 +221,7 @@ def test_what_all_batch_entries_load_is_gathered_in_rows(monkeypatch):
     from flashfuse.kernels import triton_site
 
     def arrays(text, batch=64, length=250, **rest):
-        return [tuple(t.shape) for t in site_of(text, batch, length, **rest).arrays]
+        return [shape for shape, *_ in site_of(text, batch, length, **rest).layouts_of_arrays]
 
     index, bias = {"t": (9, 4), "i": (250, 250)}, {"t": (4, 250, 250)}
     assert arrays("s + t[i[q, kv], h]", **index) == arrays("s + t[h, q, kv]", **bias) == [(4, 250, 256)]

@@ -218,9 +218,9 @@ def compiled(monkeypatch, tmp_path):
 
 
 def _jit_functions():
-    from flashfuse.kernels import backward, block_map_triton, decode, dropout, forward, tables
+    from flashfuse.kernels import backward, block_map_triton, decode, dropout, forward, row_stats, tables
 
-    for module in (backward, block_map_triton, decode, dropout, forward, tables):
+    for module in (backward, block_map_triton, decode, dropout, forward, row_stats, tables):
         yield from (f for f in vars(module).values() if hasattr(f, "device_caches"))
 
 
